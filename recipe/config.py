@@ -1,0 +1,365 @@
+"""The run's configuration: dataclasses, one per concern, read from a YAML file and then from `--field value`.
+
+Nothing here imports torch. Every problem that can be seen without the network or the data is collected by `load_config`
+and raised at once as a `ConfigError`, each naming the field and the remedy.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+FINEWEB = "HuggingFaceFW/fineweb:sample-10BT@9bb295ddab0e05d785b879661af7260fed5140fc"
+"""FineWeb's 10-billion-token sample at the commit tagged v1.4.0. It was rebuilt twice in 2024: pin it."""
+
+INSTALLED_DOCS = "installed-docs"
+"""The value of `data` that stands for the documentation of the installed packages (see recipe/data/installed_docs.py)."""
+
+
+class ConfigError(ValueError):
+    """One or more problems with the configuration or the input; `problems` holds one line each. Exit code 2."""
+
+    def __init__(self, *problems: str):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    data: str = FINEWEB
+    """Training text: a Hub dataset `USER/NAME[:config][@revision]`; a folder, file or glob of .parquet, .jsonl, .jsonl.gz
+    or .txt; or `installed-docs`, the documentation of the installed Python packages."""
+    validation_data: str | None = None
+    """Validation text, in the same forms. Default: the validation split of `data`, else its first documents."""
+    validation_tokens: int = 10_485_760
+    """Tokens of the validation set (llm.c's number). Held out from `data`, it is at most a twentieth of the text."""
+    text_column: str = "text"
+    """Column or JSON key that holds the text."""
+    tokenizer: str = "openai-community/gpt2"
+    """Hub id or folder of a tokenizer, or `train:VOCAB_SIZE` for a byte-level BPE trained on the training text."""
+    sequence_length: int = 1024
+    """Targets a row; a row holds one token more."""
+    max_epochs: int = 1
+    """How often the text may be read. A run longer than that is refused before it starts."""
+    data_workers: int = 2
+    """Threads a rank that tokenise ahead of the training; 0 tokenises in the training thread."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    n_layer: int = 12
+    """Transformer blocks (GPT2Config.n_layer)."""
+    n_head: int = 12
+    """Attention heads a block; must divide n_embd (GPT2Config.n_head)."""
+    n_embd: int = 768
+    """Width of the residual stream (GPT2Config.n_embd)."""
+    n_positions: int | None = None
+    """Learned positions (GPT2Config.n_positions). Default: sequence_length."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    optimizer: typing.Literal["adamw"] = "adamw"
+    """AdamW, decay on what has two dimensions."""
+    learning_rate: float = 6e-4
+    """Peak learning rate."""
+    warmup_steps: float = 700
+    """Linear warm-up: a count of steps, or a share of the run if below 1."""
+    schedule: typing.Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning rate after the warm-up."""
+    final_learning_rate: float = 0.0
+    """Where cosine and linear end, as a share of learning_rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; biases and LayerNorms have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    batch_tokens: int = 524_288
+    """Tokens an optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: int = 64
+    """Rows a rank takes through the model at a time."""
+    max_steps: int | None = None
+    """Optimizer steps of the run. Give this or max_tokens."""
+    max_tokens: int | None = None
+    """Tokens of the run, rounded up to whole steps. Give this or max_steps."""
+    seed: int = 0
+    """Seed of the weights, the order of the text and the samples."""
+    precision: typing.Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: bf16 weights and products with fp32 master weights, gradient sums and moments. auto: bf16 where the hardware
+    has it, else fp32."""
+    compile: bool | None = None
+    """torch.compile the model. Default: on a GPU only."""
+    output_dir: str | None = None
+    """The run folder. Default: runs/<name of the YAML file>."""
+    resume: str = "auto"
+    """auto: continue from the newest checkpoint of the run folder, if any; none: start afresh, refused on a folder that
+    holds a run; or the path of a checkpoint."""
+    save_every: int = 500
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    log_every: int = 10
+    """Steps between progress lines. metrics.jsonl has every step regardless."""
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    eval_every: int = 250
+    """Steps between validation losses, which are also taken at step 0 and at the end; 0 takes only those two."""
+    sample_every: int = 1000
+    """Steps between generated samples, which are also taken at the end; 0 takes only those."""
+    evaluate_tasks: str = "hellaswag"
+    """lm-evaluation-harness tasks of the finished model, separated by commas; `none` for none."""
+    evaluate_data: str | None = None
+    """Local HellaSwag-format JSONL instead of the Hub's; `mini` is the small set in this package."""
+    evaluate_limit: int | None = None
+    """First items of each task to evaluate. Default: all."""
+
+
+@dataclass(kw_only=True)
+class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, EvaluationConfig):
+    """All fields of a run, flat, as in the YAML file and on the command line."""
+
+    dry_run: bool = False
+    """Print the resolved configuration and the derived numbers, check what can be checked, and stop."""
+    name: str = field(default="run", metadata={"internal": True})
+    """Name of the YAML file without its ending."""
+
+
+NOT_PART_OF_THE_RUN = frozenset(
+    "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every sample_every evaluate_tasks "
+    "evaluate_data evaluate_limit data_workers micro_batch_size compile max_epochs".split()
+)
+"""Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
+
+
+def config_fields() -> dict[str, dataclasses.Field]:
+    """The fields a user may set, by name, in the order of their sections."""
+    by_class = [cls for cls in Config.__mro__[::-1] if dataclasses.is_dataclass(cls)]
+    order = [name for section in by_class for name in section.__annotations__]
+    known = {f.name: f for f in dataclasses.fields(Config) if not f.metadata.get("internal")}
+    return {name: known[name] for name in dict.fromkeys(order) if name in known}
+
+
+def field_docs() -> dict[str, str]:
+    """The docstring under each field."""
+    docs = {}
+    for section in Config.__mro__:
+        if not dataclasses.is_dataclass(section):
+            continue
+        body = ast.parse(inspect.getsource(section)).body[0].body
+        for statement, following in zip(body, body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def help_text(program: str) -> str:
+    """Usage and every field with its type, default and docstring."""
+    hints, docs = typing.get_type_hints(Config), field_docs()
+    lines = [f"usage: {program} [CONFIG.yaml] [--field value ...] [--dry_run]", ""]
+    for name, f in config_fields().items():
+        lines.append(f"  --{name}  {_describe(hints[name])} (default: {f.default})")
+        lines.append(f"      {docs[name]}")
+    return "\n".join(lines)
+
+
+def load_config(arguments: list[str]) -> Config:
+    """Read `[CONFIG.yaml] [--field value ...]`.
+
+    Args:
+        arguments: command-line words without the program's name.
+    Raises:
+        ConfigError: with all problems found: unknown fields (with the nearest known name), wrong types, values out of
+            range, fields that contradict each other.
+    """
+    config, problems = parse_config(arguments)
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def parse_config(arguments: list[str]) -> tuple[Config, list[str]]:
+    """As `load_config`, but give the problems beside the configuration as far as it could be read."""
+    problems: list[str] = []
+    config_file, overrides = _split_arguments(arguments, problems)
+    values = _read_yaml(config_file, problems) if config_file else {}
+    if {"max_steps", "max_tokens"} <= values.keys():
+        problems.append(f"max_steps and max_tokens: {config_file} gives both; keep one")
+    if {"max_steps", "max_tokens"} <= overrides.keys():
+        problems.append("--max_steps and --max_tokens: both given; keep one")
+    if {"max_steps", "max_tokens"} & overrides.keys():
+        values.pop("max_steps", None)
+        values.pop("max_tokens", None)
+    config = Config(name=Path(config_file).stem if config_file else "run")
+    hints = typing.get_type_hints(Config)
+    known = config_fields()
+    for source, name, value in [(str(config_file), *item) for item in values.items()] + [
+        ("command line", *item) for item in overrides.items()
+    ]:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]}?" if nearest else "; --help lists the fields"
+            problems.append(f"{name}: unknown field ({source}){hint}")
+            continue
+        try:
+            setattr(config, name, _convert(value, hints[name]))
+        except ValueError:
+            problems.append(f"{name}: {value!r} ({source}) is not {_describe(hints[name])}")
+    if config.output_dir is None:
+        config.output_dir = str(Path("runs") / config.name)
+    config.n_positions = config.n_positions or config.sequence_length
+    return config, problems + _range_problems(config)
+
+
+def _split_arguments(arguments: list[str], problems: list[str]) -> tuple[str | None, dict[str, str]]:
+    config_file, overrides, words = None, {}, list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            if config_file is not None:
+                problems.append(f"{word}: a second config file or a stray word; options are written --field value")
+            config_file = config_file or word
+            continue
+        name, equals, value = word[2:].partition("=")
+        if name in overrides:
+            problems.append(f"{name}: given twice on the command line")
+        if equals:
+            overrides[name] = value
+        elif name == "dry_run" and not (words and words[0].lower() in ("true", "false")):
+            overrides[name] = "true"
+        elif not words or words[0].startswith("--"):
+            problems.append(f"{name}: no value given on the command line; write --{name} VALUE")
+        else:
+            overrides[name] = words.pop(0)
+    return config_file, overrides
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice, which PyYAML resolves silently to the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str, problems: list[str]) -> dict:
+    if not Path(path).is_file():
+        problems.append(f"{path}: no such config file; the presets are in configs/")
+        return {}
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
+        return {}
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        problems.append(f"{path}: expected `field: value` lines, found {type(values).__name__}")
+        return {}
+    return {str(name): value for name, value in values.items()}
+
+
+_INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
+_NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def _convert(value: object, hint: object) -> object:
+    """`value` as the type `hint`; words from the command line and YAML values pass the same checks."""
+    optional = isinstance(hint, types.UnionType) and type(None) in hint.__args__
+    if optional:
+        if value is None or value == "null":
+            return None
+        hint = next(arm for arm in hint.__args__ if arm is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str) and _INTEGER.fullmatch(value):
+            return int(value)
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        # PyYAML reads 6e-4, which has no dot, as a string.
+        if isinstance(value, str) and _NUMBER.fullmatch(value):
+            return float(value)
+    elif hint is str and isinstance(value, str) and value:
+        return value
+    raise ValueError(value)
+
+
+def _describe(hint: object) -> str:
+    if isinstance(hint, types.UnionType):
+        return _describe(hint.__args__[0]) + " or null"
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+
+
+_AT_LEAST = {
+    "validation_tokens": 1, "sequence_length": 1, "max_epochs": 1, "data_workers": 0, "n_layer": 1, "n_head": 1,
+    "n_embd": 1, "n_positions": 1, "learning_rate": 0, "warmup_steps": 0, "final_learning_rate": 0, "weight_decay": 0,
+    "beta1": 0, "beta2": 0, "epsilon": 0, "max_grad_norm": 0, "batch_tokens": 1, "micro_batch_size": 1, "max_steps": 1,
+    "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
+    "sample_every": 0, "evaluate_limit": 1,
+}  # fmt: skip
+_BELOW_ONE = ("beta1", "beta2")
+
+
+def _range_problems(config: Config) -> list[str]:
+    problems = []
+    for name, least in _AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            problems.append(f"{name}: {value} is below {least}")
+    for name in _BELOW_ONE:
+        if getattr(config, name) >= 1:
+            problems.append(f"{name}: {getattr(config, name)} must be below 1")
+    if config.max_steps is None and config.max_tokens is None:
+        problems.append("max_steps: neither max_steps nor max_tokens is set; give one")
+    if config.n_head > 0 and config.n_embd % config.n_head:
+        problems.append(f"n_head: {config.n_head} heads do not divide n_embd {config.n_embd}")
+    if config.sequence_length > config.n_positions:
+        problems.append(
+            f"sequence_length: {config.sequence_length} is longer than n_positions {config.n_positions}; raise n_positions"
+        )
+    if config.tokenizer.startswith("train:"):
+        size = config.tokenizer.removeprefix("train:")
+        if not _INTEGER.fullmatch(size) or not 257 <= int(size) <= 65_536:
+            problems.append(f"tokenizer: {config.tokenizer}: VOCAB_SIZE must be a whole number from 257 to 65536")
+    return problems
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same values."""
+    return yaml.safe_dump(
+        {name: getattr(config, name) for name in config_fields() if name != "dry_run"}, sort_keys=False, width=10_000
+    )

@@ -1,0 +1,369 @@
+"""Where the text comes from: a list of files, cut into units that any rank can read on its own.
+
+A unit is a parquet row group, a byte range of a .jsonl or .txt file, or a whole .jsonl.gz file. Files come from the Hub
+(through `datasets`, which resolves name, config, split and revision to files), from a local folder, file or glob, or
+from the documentation of the installed packages.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+
+from recipe.config import INSTALLED_DOCS, ConfigError
+
+FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".json.gz": "jsonl.gz", ".txt": "txt"}
+"""Formats by file ending."""
+
+JSONL_UNIT_BYTES = 4 << 20
+"""Bytes of a .jsonl unit: about the text of one FineWeb row group, small enough to deal out to 64 shards."""
+TXT_UNIT_BYTES = 1 << 18
+"""Bytes of a .txt unit, which is one document: longer files are cut at the next empty line."""
+
+_VALIDATION = re.compile(r"(?<![a-z])(validation|valid|val|dev)(?![a-z])")
+_TEST = re.compile(r"(?<![a-z])(test|testing)(?![a-z])")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
+
+
+class DataError(RuntimeError):
+    """Text that cannot be read, or has run out, in the middle of a run. Names the file."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a file that is read as a whole."""
+
+    file: int
+    """Index into Corpus.files."""
+    start: int
+    """Row group, or first byte."""
+    end: int
+    """Row group after it, or byte after the last."""
+    text_bytes: int
+    """UTF-8 bytes of its text; an estimate except for parquet."""
+
+
+@dataclass
+class Corpus:
+    """Files and their units, in a fixed order."""
+
+    name: str
+    files: list[str]
+    sizes: list[int]
+    units: list[Unit]
+    text_column: str
+    remote: bool = False
+    footers: dict[int, object] = field(default_factory=dict, repr=False)
+    """Parquet metadata by file, read once: a footer of FineWeb is as large as a row group's text."""
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of all text (estimated for .jsonl)."""
+        return sum(unit.text_bytes for unit in self.units)
+
+    @cached_property
+    def fingerprint(self) -> dict:
+        """What the corpus is, as JSON: its name and its files with sizes in bytes."""
+        return {
+            "name": self.name,
+            "files": [
+                [file if self.remote else Path(file).name, size] for file, size in zip(self.files, self.sizes, strict=True)
+            ],
+            "text_column": self.text_column,
+            "units": len(self.units),
+        }
+
+    def slice(self, start: int, stop: int | None) -> Corpus:
+        """The same files with only the units [start, stop)."""
+        return Corpus(self.name, self.files, self.sizes, self.units[start:stop], self.text_column, self.remote, self.footers)
+
+    def read(self, unit: Unit) -> Iterator[str]:
+        """The documents of a unit, in the order of the file; empty ones are left out.
+
+        Raises:
+            DataError: naming the file, if it cannot be read.
+        """
+        path = self.files[unit.file]
+        try:
+            for document in _READERS[_format(path)](self, unit):
+                if document:
+                    yield document
+        except DataError:
+            raise
+        except Exception as error:  # pyarrow, gzip, json and the network raise a dozen types; the remedy is one
+            raise DataError(f"cannot read {path}: {_first_line(error)}") from error
+
+    def open(self, file: int):
+        """The file as a binary, seekable object."""
+        if not self.remote:
+            return open(self.files[file], "rb")
+        from huggingface_hub import HfFileSystem
+
+        # Exact ranged reads: read-ahead blocks would fetch the columns that nobody asked for.
+        return HfFileSystem().open(self.files[file], "rb", block_size=0, cache_type="none")
+
+
+def is_local(data: str) -> bool:
+    """Whether `data` names something on this machine rather than a dataset on the Hub."""
+    looks_like_path = data.startswith(("/", ".", "~")) or bool(set(data) & set("*?[")) or _ending(data) is not None
+    return looks_like_path or os.path.exists(data) or not _HUB_ID.fullmatch(data)
+
+
+def hub_id(data: str) -> tuple[str, str | None]:
+    """Repository and revision of a Hub dataset."""
+    parts = _HUB_ID.fullmatch(data)
+    return parts["repo"], parts["revision"]
+
+
+def check_data_exists(name: str, data: str) -> list[str]:
+    """Problems with a local `data` that show without opening it; `name` is the field."""
+    if data == INSTALLED_DOCS or not is_local(data):
+        return []
+    if _local_files(data):
+        return []
+    if os.path.exists(os.path.expanduser(data)):
+        return [f"{name}: {data} holds no {', '.join(FORMATS)} files"]
+    return [f"{name}: {data} does not exist; give a folder, file or glob, or a Hub dataset USER/NAME[:config][@revision]"]
+
+
+def open_corpora(data: str, validation_data: str | None, text_column: str, cache: Path) -> tuple[Corpus, Corpus | None]:
+    """The training text, and the validation text if it is apart (None: hold it out from the training text).
+
+    Args:
+        cache: folder for what is derived from this machine (installed-docs).
+    Raises:
+        ConfigError: for missing, empty or unreadable data, naming the file.
+    """
+    splits = _resolve(data, cache, "data")
+    if not splits["train"]:
+        raise ConfigError(f"data: {data} has no training files, only {sorted(splits)}")
+    training = _open(data, splits["train"], text_column, "data")
+    if validation_data is not None:
+        other = _resolve(validation_data, cache, "validation_data")
+        files = other["validation"] or other["train"]
+        return training, _open(validation_data, files, text_column, "validation_data")
+    if splits["validation"]:
+        return training, _open(data, splits["validation"], text_column, "data")
+    return training, None
+
+
+def _resolve(data: str, cache: Path, name: str) -> dict[str, list[str]]:
+    """Files by split."""
+    if data == INSTALLED_DOCS:
+        from recipe.data.installed_docs import build_installed_docs
+
+        folder = build_installed_docs(cache)
+        return {"train": _local_files(f"{folder}/train-*"), "validation": _local_files(f"{folder}/validation-*")}
+    if is_local(data):
+        problems = check_data_exists(name, data)
+        if problems:
+            raise ConfigError(*problems)
+        files = _local_files(data)
+        validation = [f for f in files if _VALIDATION.search(Path(f).name.lower())]
+        testing = [f for f in files if _TEST.search(Path(f).name.lower())]
+        training = [f for f in files if f not in validation and f not in testing]
+        # A lone file, or a folder of files that all look like one split, is what the user asked to train on.
+        return {"train": training or files, "validation": validation if training else []}
+    return _resolve_hub(data, name)
+
+
+def _resolve_hub(data: str, name: str) -> dict[str, list[str]]:
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
+
+    parts = _HUB_ID.fullmatch(data)
+    try:
+        builder = load_dataset_builder(parts["repo"], parts["config"], revision=parts["revision"])
+    except DatasetNotFoundError as error:
+        raise ConfigError(
+            f"{name}: {data} is neither a local path nor a dataset that the Hub shows to you; check the spelling, or log "
+            "in with `hf auth login` if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{name}: {parts['repo']} has no revision {parts['revision']}") from error
+    except (ConnectionError, OfflineModeIsEnabled) as error:
+        raise ConfigError(
+            f"{name}: the Hub cannot be reached for {data} ({_first_line(error)}); check the network, or use local text "
+            "(--data FOLDER) or --data installed-docs"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{name}: {data}: {_first_line(error)}") from error
+    files = builder.config.data_files or {}
+    if not files:
+        raise ConfigError(f"{name}: {data} has no data files that `datasets` can list")
+    return {"train": list(files.get("train", [])), "validation": list(files.get("validation", []))}
+
+
+def _local_files(data: str) -> list[str]:
+    path = os.path.expanduser(data)
+    if os.path.isdir(path):
+        found = [str(p) for p in Path(path).rglob("*")]
+    elif os.path.isfile(path):
+        found = [path]
+    else:
+        found = glob(path, recursive=True)
+    return sorted(f for f in found if _ending(f) and os.path.isfile(f) and not Path(f).name.startswith("."))
+
+
+def _ending(path: str) -> str | None:
+    """The longest known ending of a file name."""
+    return max((e for e in FORMATS if path.lower().endswith(e)), key=len, default=None)
+
+
+def _format(path: str) -> str:
+    return FORMATS[_ending(path)]
+
+
+def _open(name: str, files: list[str], text_column: str, config_field: str) -> Corpus:
+    remote = files[0].startswith("hf://")
+    unknown = [f for f in files if _ending(f) is None]
+    if unknown:
+        raise ConfigError(
+            f"{config_field}: {unknown[0]} is in no format that can be read ({', '.join(FORMATS)}); name others with a glob"
+        )
+    corpus = Corpus(name, files, [], [], text_column, remote)
+    if remote:
+        from huggingface_hub import HfFileSystem
+
+        filesystem = HfFileSystem()
+        corpus.sizes = [filesystem.info(f)["size"] for f in files]
+    else:
+        corpus.sizes = [os.path.getsize(f) for f in files]
+    problems = []
+    for index, path in enumerate(files):
+        try:
+            corpus.units += _UNITS[_format(path)](corpus, index)
+        except ConfigError as error:
+            problems += [f"{config_field}: {p}" for p in error.problems]
+        except Exception as error:
+            problems.append(f"{config_field}: cannot read {path}: {_first_line(error)}; replace or remove the file")
+    if problems:
+        raise ConfigError(*problems)
+    if not corpus.text_bytes:
+        raise ConfigError(f"{config_field}: {name} holds no text")
+    return corpus
+
+
+def _parquet_units(corpus: Corpus, file: int) -> list[Unit]:
+    import pyarrow.parquet as pq
+
+    with corpus.open(file) as handle:
+        footer = pq.ParquetFile(handle).metadata
+    columns = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    if corpus.text_column not in columns:
+        raise ConfigError(
+            f"{corpus.files[file]} has no column {corpus.text_column}; set text_column to one of {', '.join(columns)}"
+        )
+    corpus.footers[file] = footer
+    column = columns.index(corpus.text_column)
+    groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
+    return [Unit(file, g, g + 1, r.column(column).total_uncompressed_size) for g, r in enumerate(groups) if r.num_rows]
+
+
+def _read_parquet(corpus: Corpus, unit: Unit) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    with corpus.open(unit.file) as handle:
+        table = pq.ParquetFile(handle, metadata=corpus.footers[unit.file]).read_row_group(
+            unit.start, columns=[corpus.text_column], use_threads=False
+        )
+    yield from table.column(0).to_pylist()
+
+
+def _jsonl_units(corpus: Corpus, file: int) -> list[Unit]:
+    size = corpus.sizes[file]
+    with corpus.open(file) as handle:
+        share = _text_share(corpus, corpus.files[file], handle)
+    return [
+        Unit(file, start, min(start + JSONL_UNIT_BYTES, size), int(share * min(JSONL_UNIT_BYTES, size - start)))
+        for start in range(0, size, JSONL_UNIT_BYTES)
+    ]
+
+
+def _jsonl_gz_units(corpus: Corpus, file: int) -> list[Unit]:
+    with corpus.open(file) as raw, gzip.open(raw) as handle:
+        share = _text_share(corpus, corpus.files[file], handle)
+        expansion = handle.tell() / max(1, raw.tell())
+    size = corpus.sizes[file]
+    return [Unit(file, 0, size, int(share * expansion * size))] if size else []
+
+
+def _text_share(corpus: Corpus, path: str, handle: io.BufferedIOBase, sample: int = 1 << 18) -> float:
+    """Bytes of text a byte of JSON lines, over the first `sample` bytes."""
+    lines = text = 0
+    while lines < sample and (line := handle.readline()):
+        lines += len(line)
+        text += len((_parse_line(corpus, path, line) or "").encode("utf-8", "surrogatepass"))
+    return text / max(1, lines)
+
+
+def _read_jsonl(corpus: Corpus, unit: Unit) -> Iterator[str]:
+    with corpus.open(unit.file) as handle:
+        # A line belongs to the unit in which it starts.
+        if unit.start:
+            handle.seek(unit.start - 1)
+            handle.readline()
+        while handle.tell() < unit.end and (line := handle.readline()):
+            yield _parse_line(corpus, corpus.files[unit.file], line)
+
+
+def _read_jsonl_gz(corpus: Corpus, unit: Unit) -> Iterator[str]:
+    with corpus.open(unit.file) as raw, gzip.open(raw) as handle:
+        for line in handle:
+            yield _parse_line(corpus, corpus.files[unit.file], line)
+
+
+def _parse_line(corpus: Corpus, path: str, line: bytes) -> str | None:
+    if not line.strip():
+        return None
+    record = json.loads(line)
+    if not isinstance(record, dict) or corpus.text_column not in record:
+        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ConfigError(f"{path} has no key {corpus.text_column}; set text_column to one of {keys}")
+    return record[corpus.text_column]
+
+
+def _txt_units(corpus: Corpus, file: int) -> list[Unit]:
+    size = corpus.sizes[file]
+    with corpus.open(file) as handle:
+        handle.read(4096).decode("utf-8", "strict" if size <= 4096 else "ignore")
+    return [
+        Unit(file, start, min(start + TXT_UNIT_BYTES, size), min(TXT_UNIT_BYTES, size - start))
+        for start in range(0, size, TXT_UNIT_BYTES)
+    ]
+
+
+def _read_txt(corpus: Corpus, unit: Unit) -> Iterator[str]:
+    with corpus.open(unit.file) as handle:
+        start = _next_paragraph(handle, unit.start)
+        end = _next_paragraph(handle, unit.end) if unit.end < corpus.sizes[unit.file] else unit.end
+        handle.seek(start)
+        yield handle.read(max(0, end - start)).decode("utf-8")
+
+
+def _next_paragraph(handle: io.BufferedIOBase, position: int) -> int:
+    """The first byte after an empty line at or after `position`; 0 stays 0."""
+    if not position:
+        return 0
+    handle.seek(position - 1)
+    handle.readline()
+    while (line := handle.readline()) and line.strip():
+        pass
+    return handle.tell()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_UNITS = {"parquet": _parquet_units, "jsonl": _jsonl_units, "jsonl.gz": _jsonl_gz_units, "txt": _txt_units}
+_READERS = {"parquet": _read_parquet, "jsonl": _read_jsonl, "jsonl.gz": _read_jsonl_gz, "txt": _read_txt}

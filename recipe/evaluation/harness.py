@@ -1,0 +1,135 @@
+"""lm-evaluation-harness in process, with the numbers of the `lm_eval` command."""
+
+from __future__ import annotations
+
+import random
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from recipe.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MINI = Path(__file__).with_name("hellaswag_mini.jsonl")
+"""64 items in HellaSwag's format, written for this project: a check that the evaluation runs, not a benchmark."""
+
+
+def run_harness(
+    model: str | PreTrainedModel,
+    tasks: list[str],
+    tokenizer: Any = None,
+    data: str | None = None,
+    task_folder: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Evaluate a model.
+
+    Args:
+        model: folder or Hub id, or a loaded model (then with `tokenizer`).
+        tasks: task names of lm-evaluation-harness.
+        data: local HellaSwag-format .jsonl instead of the Hub's data; `mini` for the package's own.
+        task_folder: where the task description that `data` needs is written; the command needs it too.
+        limit: first items of each task.
+    Returns:
+        per task: n, acc, acc_norm, standard errors and whatever the task measures; beside them the model's precision, the
+        number of truncated inputs and the `lm_eval` command that gives the same numbers.
+    Raises:
+        ConfigError: for an unknown task or data that cannot be read.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    if data is not None:
+        if tasks != ["hellaswag"]:
+            raise ConfigError(f"evaluate_data: local data stands for hellaswag, not for {', '.join(tasks)}")
+        _write_task(task_folder, Path(MINI if data == "mini" else data))
+    manager = TaskManager(include_path=str(task_folder) if data is not None else None)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ConfigError(f"evaluate_tasks: lm-evaluation-harness has no task {', '.join(unknown)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _untouched_rng():
+        lm = _counting_model(model, tokenizer, device, batch_size)
+        results = simple_evaluate(
+            model=lm, tasks=tasks, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
+        )
+    command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={lm.name}", "--tasks", ",".join(tasks)]
+    command += ["--device", device, "--batch_size", str(batch_size)]
+    command += ["--limit", str(limit)] if limit else []
+    command += ["--include_path", str(task_folder)] if data is not None else []
+    return {
+        "tasks": {
+            task: {
+                "n": results["n-samples"][task]["effective"],
+                **{k.removesuffix(",none"): v for k, v in numbers.items() if isinstance(v, int | float)},
+                "version": results["versions"].get(task),
+            }
+            for task, numbers in results["results"].items()
+        },
+        "data": None if data is None else Path(MINI if data == "mini" else data).name,
+        "limit": limit,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "truncated": lm.truncated,
+        "command": shlex.join(command),
+    }
+
+
+def _counting_model(model: str | PreTrainedModel, tokenizer: Any, device: str, batch_size: int):
+    from lm_eval.models.huggingface import HFLM
+
+    class CountingHFLM(HFLM):
+        """HFLM cuts long inputs with a log line; here they are counted."""
+
+        truncated = 0
+        name = model if isinstance(model, str) else "EXPORT"
+
+        def _loglikelihood_tokens(self, requests, *arguments, **keywords):
+            self.truncated += sum(
+                len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests
+            )
+            return super()._loglikelihood_tokens(requests, *arguments, **keywords)
+
+    return CountingHFLM(pretrained=model, tokenizer=tokenizer, device=device, batch_size=batch_size)
+
+
+def _write_task(folder: Path, data: Path) -> None:
+    """A task `hellaswag` that differs from the harness's own in where its items come from."""
+    import lm_eval.tasks
+
+    if not data.is_file():
+        raise ConfigError(f"evaluate_data: {data} does not exist; give a HellaSwag-format .jsonl")
+    own = Path(lm_eval.tasks.__file__).parent / "hellaswag" / "hellaswag.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "hellaswag.yaml").write_text(
+        f"include: {own}\n"
+        "task: hellaswag\n"
+        "dataset_path: json\n"
+        "dataset_kwargs:\n"
+        "  data_files:\n"
+        f"    validation: {data.resolve()}\n"
+        "training_split: null\n",
+        encoding="utf-8",
+    )
+
+
+@contextmanager
+def _untouched_rng() -> Iterator[None]:
+    """The harness seeds Python, NumPy and torch; give them back as they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

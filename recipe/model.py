@@ -1,0 +1,137 @@
+"""GPT2Config -> GPT2LMHeadModel, attending with causal SDPA without a mask, and its loss over all targets."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from recipe.config import Config
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this: 50,257 becomes 50,304, which the matrix units like better."""
+
+ATTENTION = "sdpa_causal"
+"""SDPA with is_causal and no mask. Under torch.compile transformers' own `sdpa` builds the causal mask, and SDPA then
+loses its causal kernel: 40 ms instead of 18 of a 124M micro-step on an H100 (docs/results.md)."""
+
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """`vocab_size` rounded up to VOCAB_MULTIPLE."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def gpt2_config(config: Config, vocab_size: int, end_of_text: int) -> GPT2Config:
+    """The architecture of the run: GPT-2 without dropout, which a model that sees each text once does not need."""
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=config.n_positions,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        use_cache=True,
+    )
+
+
+def build_model(config: Config, vocab_size: int, end_of_text: int) -> PretrainingModel:
+    """A freshly initialised model in fp32: normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), as GPT-2.
+
+    The weights are a function of `config.seed` and the shapes alone.
+    """
+    torch.manual_seed(config.seed)
+    gpt2 = GPT2LMHeadModel._from_config(
+        gpt2_config(config, padded_vocab_size(vocab_size), end_of_text), attn_implementation=ATTENTION, dtype=torch.float32
+    )
+    with torch.no_grad():
+        gpt2.transformer.wte.weight[vocab_size:] = 0
+    return PretrainingModel(gpt2, vocab_size)
+
+
+class PretrainingModel(nn.Module):
+    """A GPT2LMHeadModel and its training loss.
+
+    The columns that pad the vocabulary take no part in the softmax, so their rows get no gradient and stay zero: the
+    unpadded export is the same function.
+    """
+
+    def __init__(self, gpt2: GPT2LMHeadModel, vocab_size: int):
+        super().__init__()
+        self.gpt2 = gpt2
+        self.vocab_size = vocab_size
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of every target, in nats.
+
+        Args:
+            rows: token ids [batch, sequence + 1]; the first `sequence` are read, the last `sequence` predicted.
+        Returns:
+            fp32 losses [batch, sequence].
+        """
+        # Slices of [batch, sequence + 1] are not contiguous, which compiled embedding and loss kernels would pay for.
+        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+        logits = self.gpt2.lm_head(hidden).float()
+        logits = logits[..., : self.vocab_size]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups of (name, parameter): matrices and embeddings with decay, biases and LayerNorms without."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"named": [(n, p) for n, p in named if p.dim() >= 2], "weight_decay": weight_decay},
+        {"named": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def continue_text(
+    gpt2: GPT2LMHeadModel,
+    vocab_size: int,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    seed: int = 0,
+) -> list[int]:
+    """Sampled continuation of `prompt`; padded columns are never sampled, the global RNG is left alone.
+
+    Args:
+        prompt: token ids, at least one.
+        temperature: 0 takes the likeliest token.
+    Returns:
+        the new token ids, up to but without the end-of-text token.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    window = gpt2.config.n_positions
+    sequence, new = list(prompt[-window:]), []
+    cache, cached = None, 0
+    while len(new) < max_new_tokens:
+        if len(sequence) > window:
+            # The learned positions are used up: go on from the last half, read anew.
+            sequence, cache, cached = sequence[-(window // 2) :], None, 0
+        inputs = torch.tensor([sequence[cached:]], device=gpt2.device)
+        output = gpt2(input_ids=inputs, past_key_values=cache, use_cache=True)
+        cache, cached = output.past_key_values, len(sequence)
+        logits = output.logits[0, -1, :vocab_size].float().cpu()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, vocab_size)).values[-1]] = -torch.inf
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        if token == gpt2.config.eos_token_id:
+            break
+        sequence.append(token)
+        new.append(token)
+    return new

@@ -1,0 +1,141 @@
+"""What a run amounts to, computed from its configuration alone: parameters, steps, tokens, FLOPs. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from recipe.config import Config, ConfigError, parse_config
+from recipe.data.corpus import check_data_exists
+
+GPT2_VOCAB_SIZE = 50_257
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Derived numbers of a run."""
+
+    num_processes: int
+    """Ranks."""
+    tokens_per_step: int
+    """Tokens an optimizer step."""
+    accumulation: int
+    """Micro-steps a rank takes for an optimizer step."""
+    rows_per_step: int
+    """Rows of `sequence_length` targets an optimizer step, over all ranks."""
+    max_steps: int
+    """Optimizer steps of the run."""
+    warmup_steps: int
+    """Steps of linear warm-up."""
+    total_tokens: int
+    """Tokens of the run: max_steps x tokens_per_step."""
+
+    def lines(self, config: Config, vocab_size: int | None) -> list[str]:
+        """The numbers as `name value` lines; `vocab_size` None stands for GPT-2's, not yet read."""
+        parameters = count_parameters(config, vocab_size or GPT2_VOCAB_SIZE)
+        assumed = "" if vocab_size else f"  (assuming GPT-2's vocabulary of {GPT2_VOCAB_SIZE:,})"
+        return [
+            f"parameters        {parameters:,}{assumed}",
+            f"ranks             {self.num_processes}",
+            f"tokens a step     {self.tokens_per_step:,}  ({config.micro_batch_size} rows x {config.sequence_length} "
+            f"tokens x {self.num_processes} ranks x {self.accumulation} accumulation)",
+            f"steps             {self.max_steps:,}  ({self.warmup_steps:,} of them warm-up)",
+            f"tokens in all     {self.total_tokens:,}",
+        ]
+
+
+def make_plan(config: Config, num_processes: int) -> Plan:
+    """Derive the numbers of a run over `num_processes` ranks.
+
+    Raises:
+        ConfigError: if batch_tokens is not micro_batch_size x sequence_length x ranks x a whole accumulation, or the
+            warm-up does not fit the run.
+    """
+    problems = []
+    tokens_per_micro_step = config.micro_batch_size * config.sequence_length * num_processes
+    accumulation, rest = divmod(config.batch_tokens, tokens_per_micro_step)
+    if rest or not accumulation:
+        lower = accumulation * tokens_per_micro_step
+        choices = [str(n) for n in (lower, lower + tokens_per_micro_step) if n]
+        divisors = [
+            n for n in range(config.micro_batch_size, 0, -1)
+            if config.batch_tokens % (n * config.sequence_length * num_processes) == 0
+        ]  # fmt: skip
+        remedy = f"batch_tokens {' or '.join(choices)}"
+        remedy += f", or micro_batch_size {divisors[0]}" if divisors else ""
+        problems.append(
+            f"batch_tokens: {config.batch_tokens} is not a multiple of micro_batch_size {config.micro_batch_size} x "
+            f"sequence_length {config.sequence_length} x {num_processes} ranks = {tokens_per_micro_step}; {remedy} works"
+        )
+    max_steps = config.max_steps or math.ceil(config.max_tokens / config.batch_tokens)
+    share = config.warmup_steps < 1
+    warmup = round(config.warmup_steps * max_steps) if share else int(config.warmup_steps)
+    if not share and warmup != config.warmup_steps:
+        problems.append(f"warmup_steps: {config.warmup_steps} is neither a whole number nor a share below 1")
+    if warmup >= max_steps > 1:
+        problems.append(f"warmup_steps: {warmup} steps of warm-up do not fit a run of {max_steps} steps")
+    if problems:
+        raise ConfigError(*problems)
+    return Plan(
+        num_processes=num_processes,
+        tokens_per_step=config.batch_tokens,
+        accumulation=accumulation,
+        rows_per_step=config.batch_tokens // config.sequence_length,
+        max_steps=max_steps,
+        warmup_steps=warmup,
+        total_tokens=max_steps * config.batch_tokens,
+    )
+
+
+def load_run(arguments: list[str], num_processes: int) -> tuple[Config, Plan]:
+    """Read the configuration and derive the plan, before anything is downloaded or allocated.
+
+    Raises:
+        ConfigError: with all problems of both, and those of local paths.
+    """
+    config, problems = parse_config(arguments)
+    plan = None
+    try:
+        plan = make_plan(config, num_processes)
+    except ConfigError as error:
+        problems += error.problems
+    except (ArithmeticError, TypeError):
+        assert problems  # the numbers are out of range, which is among the problems already
+    problems += check_data_exists("data", config.data)
+    if config.validation_data is not None:
+        problems += check_data_exists("validation_data", config.validation_data)
+    if config.evaluate_data not in (None, "mini"):
+        problems += check_data_exists("evaluate_data", config.evaluate_data)
+    if problems:
+        raise ConfigError(*problems)
+    return config, plan
+
+
+def count_parameters(config: Config, vocab_size: int) -> int:
+    """Parameters of the exported model: tied head, biases, no padding of the vocabulary."""
+    width = config.n_embd
+    block = 12 * width * width + 13 * width  # c_attn, c_proj, c_fc, c_proj, their biases and two LayerNorms
+    return vocab_size * width + config.n_positions * width + config.n_layer * block + 2 * width
+
+
+def flops_per_token(config: Config, vocab_size: int) -> int:
+    """Training FLOPs a token, forward and backward: 6N + 6LCT.
+
+    N counts the matrices a token is multiplied with, the head once; 6LCT is causal attention, which does half of the
+    12LCT of full attention (Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    width = config.n_embd
+    matrices = 12 * config.n_layer * width * width + vocab_size * width
+    return 6 * matrices + 6 * config.n_layer * width * config.sequence_length
+
+
+PEAK_BF16_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "RTX 4090": 165e12,
+}  # fmt: skip
+"""Dense bf16 peaks from NVIDIA's data sheets, FLOP/s, by a part of the device's name; the first match counts."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak bf16 FLOP/s of a GPU by its name, or None for one that is not in the table."""
+    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)

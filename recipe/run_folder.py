@@ -1,0 +1,143 @@
+"""The run folder: claimed once, described before step 0, with a status that other programs can trust."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, to_yaml
+from recipe.files import write_json, write_text
+
+PACKAGES = (
+    "torch transformers accelerate datasets tokenizers tiktoken evaluate lm_eval deepspeed safetensors huggingface_hub "
+    "numpy pyarrow triton"
+).split()
+
+
+class RunFolder:
+    """Paths of a run, and its status.json."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.export = path / "export"
+        self.evaluation = path / "eval"
+        self.cache = path / "cache"
+        self.metrics = path / "metrics.jsonl"
+        self.config = path / "config.yaml"
+
+    def check(self, config: Config) -> bool:
+        """Whether the folder holds a run already.
+
+        Raises:
+            ConfigError: if that run has another configuration (the differences named) or `resume none` was given.
+        """
+        if not self.config.is_file():
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"output_dir: {self.path} is a file; name a folder")
+            if any(self.checkpoints.glob("step-*")):
+                raise ConfigError(f"output_dir: {self.path} holds checkpoints but no config.yaml; choose another folder")
+            return False
+        if config.resume == "none":
+            raise ConfigError(
+                f"resume: {self.path} holds a run already; drop `resume none` to continue it, or choose another output_dir"
+            )
+        theirs = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        differing = [
+            f"{name} is {theirs.get(name)} there and {getattr(config, name)} now"
+            for name in config_fields()
+            if name not in NOT_PART_OF_THE_RUN and theirs.get(name) != getattr(config, name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"output_dir: {self.path} holds a run with another configuration: {'; '.join(differing)}; choose another "
+                "output_dir, or give the same values to continue it"
+            )
+        return True
+
+    def claim(self, config: Config, environment: dict) -> None:
+        """Create the folder and write config.yaml and environment.json; on a continued run they are rewritten."""
+        for folder in (self.path, self.checkpoints, self.evaluation, self.cache):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, to_yaml(config))
+        write_json(self.path / "environment.json", environment)
+
+    def status(self, state: str, exit_code: int | None, step: int, tokens: int, reason: str = "", rank: int = 0) -> None:
+        """Write status.json: state is running, finished, stopped or failed."""
+        write_json(
+            self.path / "status.json",
+            {"state": state, "exit_code": exit_code, "step": step, "tokens": tokens, "reason": reason, "rank": rank},
+        )
+
+
+def describe_environment(num_ranks: int, engine: str, precision: str) -> dict:
+    """Versions, hardware, commit and command of this start, as JSON."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    hardware: dict = {"cpu": platform.machine(), "cores": os.cpu_count(), "platform": platform.platform()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        hardware |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "driver": _driver_version(),
+        }
+    return {
+        "command": ["python", *sys.argv],
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "hardware": hardware,
+        "ranks": num_ranks,
+        "engine": engine,
+        "precision": precision,
+    }
+
+
+def _commit() -> str | None:
+    """The project's commit, with `-dirty` behind it if files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _driver_version() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except Exception:  # no package, no driver, no permission: the record stays without it
+        return None
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

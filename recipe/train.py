@@ -1,0 +1,412 @@
+"""The run: config -> documents -> rows -> batches -> loss -> checkpoint -> export."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipe import checkpoint
+from recipe.config import Config, ConfigError
+from recipe.data.corpus import Corpus, open_corpora
+from recipe.data.stream import RowStream
+from recipe.data.validation import check_length, hold_out, read_validation_rows
+from recipe.engine import Distributed, Engine, StepResult, make_engine, resolve_precision
+from recipe.files import write_json
+from recipe.model import build_model, continue_text
+from recipe.monitor.metrics import MetricsLog, format_duration, progress_line
+from recipe.optim.schedule import learning_rate
+from recipe.plan import Plan, flops_per_token, load_run, peak_flops
+from recipe.publish.finish import finish_run
+from recipe.run_folder import RunFolder, describe_environment
+from recipe.tokenizer import Encoder, load_tokenizer, train_tokenizer
+
+EXIT_CONFIG, EXIT_STOPPED = 2, 75
+SAMPLE_PROMPTS = ("The", "In this example", "Once upon a time")
+SAMPLE_TOKENS = 64
+TOKENIZER_TRAINING_BYTES = 32 << 20
+"""Text that a `train:VOCAB_SIZE` tokenizer sees; more changes few merges."""
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+class TrainingError(RuntimeError):
+    """The training cannot go on; the message says why and what to do."""
+
+
+def cache_folder() -> Path:
+    """Where what is derived from this machine is kept: $RECIPE_CACHE, or ~/.cache/gpt2-recipe."""
+    return Path(os.environ.get("RECIPE_CACHE") or Path.home() / ".cache" / "gpt2-recipe")
+
+
+def main(arguments: list[str]) -> int:
+    """Run `pretrain.py`; the exit code: 0 done, 2 bad configuration, 75 stopped by a signal after saving, else a fault."""
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        config, plan = load_run(arguments, num_ranks)
+        folder = RunFolder(Path(config.output_dir))
+        folder.check(config)
+    except ConfigError as error:
+        return _report_config_error(error, rank)
+    if config.dry_run:
+        if rank == 0:
+            from recipe.dry_run import dry_run
+
+            dry_run(config, plan)
+        return 0
+    progress = Progress()
+    try:
+        return Run(config, plan, folder, progress).execute()
+    except ConfigError as error:
+        return _report_config_error(error, rank)
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        print(f"rank {rank} failed at step {progress.step}: {reason}", file=sys.stderr, flush=True)
+        if folder.config.is_file():
+            folder.status("failed", 1, progress.step, progress.step * plan.tokens_per_step, reason, rank)
+        return 1
+
+
+def _report_config_error(error: ConfigError, rank: int) -> int:
+    if rank == 0:
+        count = len(error.problems)
+        print(f"{count} problem{'s' * (count > 1)} with the configuration or the input:", file=sys.stderr)
+        print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+    return EXIT_CONFIG
+
+
+@dataclass
+class Progress:
+    """How far the run is, for whoever reports a fault."""
+
+    step: int = 0
+
+
+@dataclass
+class StepTimer:
+    """Start and end of a step, on the device's clock where there is one, so that timing does not wait for it."""
+
+    cuda: bool
+    marks: list = field(default_factory=list)
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Between the two marks; on a GPU the later one must have passed."""
+        start, end = self.marks
+        return start.elapsed_time(end) / 1000 if self.cuda else end - start
+
+
+class Run:
+    """One start of a run, on this rank."""
+
+    def __init__(self, config: Config, plan: Plan, folder: RunFolder, progress: Progress):
+        self.config, self.plan, self.folder, self.progress = config, plan, folder, progress
+        self._stop_signal: int | None = None
+        self._pending: list[tuple[dict[str, Any], StepResult, StepTimer]] = []
+        self._skipped_in_a_row = 0
+        self._seconds_per_step = 0.0
+
+    def execute(self) -> int:
+        """Set up, train, and on rank 0 export and evaluate. The exit code."""
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._on_signal)
+        self.distributed = Distributed()
+        self.say(f"{self.plan.num_processes} ranks on {self._device_name()}")
+        self._set_up()
+        stopped = self._train()
+        self.stream.close()
+        self.metrics.close()
+        main, tokens = self.distributed.is_main, self.progress.step * self.plan.tokens_per_step
+        self.distributed.close()
+        if stopped:
+            if main:
+                reason = f"signal {signal.Signals(stopped).name}"
+                self.folder.status("stopped", EXIT_STOPPED, self.progress.step, tokens, reason)
+            self.say(f"stopped at step {self.progress.step}; the same command goes on from here")
+            return EXIT_STOPPED
+        if main:
+            finish_run(self.folder, self.config, self.tokenizer, self.validation_rows, self.say)
+            self.folder.status("finished", 0, self.progress.step, tokens)
+            self.say(f"finished: {self.folder.path}")
+        return 0
+
+    def say(self, line: str) -> None:
+        """Print on rank 0."""
+        if self.distributed.is_main:
+            print(line, flush=True)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._stop_signal is not None:
+            sys.exit(128 + number)  # the second one means now
+        self._stop_signal = number
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name() if self.distributed.cuda else f"CPU ({torch.get_num_threads()} threads a rank)"
+
+    # --- set-up ---------------------------------------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        config, distributed = self.config, self.distributed
+        self.precision = resolve_precision(config.precision, distributed.cuda)
+        training, validation = distributed.on_main(
+            open_corpora, config.data, config.validation_data, config.text_column, cache_folder()
+        )
+        self.tokenizer = distributed.on_main(self._obtain_tokenizer, training, validation is None)
+        self.encoder = Encoder(self.tokenizer)
+        self.validation_rows, training = self._split_validation(training, validation)
+        self.say(
+            distributed.on_main(check_length, training, self.encoder, self.plan.total_tokens, config.max_epochs)
+            + f"; {self.validation_rows.shape[0] * config.sequence_length:,} validation tokens"
+        )
+        start = self._find_checkpoint()
+        state = start.state() if start else None
+        try:
+            self.stream = RowStream(
+                training,
+                self.encoder,
+                config.sequence_length,
+                config.seed,
+                config.max_epochs,
+                distributed,
+                config.data_workers,
+                state["data"] if state else None,
+            )
+        except ValueError as error:
+            raise ConfigError(f"data: {error}; restore the data, or start a new run in another output_dir") from error
+        model = build_model(config, self.encoder.vocab_size, self.encoder.end_of_text)
+        self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
+        self.best_val_loss = float("inf")
+        if start:
+            self.engine.load_full_state(start.full_state())
+            self.progress.step = start.step
+            self.best_val_loss = state["best_val_loss"]
+            self.say(f"continuing from {start.path} at step {start.step}")
+        if distributed.is_main:
+            environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
+            self.folder.claim(config, environment)
+            self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
+            self.folder.status("running", None, self.progress.step, self.progress.step * self.plan.tokens_per_step)
+        distributed.barrier()
+        self.metrics = MetricsLog(
+            self.folder.metrics if distributed.is_main else Path(os.devnull),
+            (start.step if start else -1) if distributed.is_main else None,
+        )
+        for line in self.plan.lines(config, self.encoder.vocab_size):
+            self.say(line)
+        self.say(
+            f"engine            {type(self.engine).__name__}, {self.precision}, tokenised by "
+            f"{'tiktoken' if self.encoder.is_fast else 'tokenizers'}, {self.stream.num_shards} virtual shards"
+        )
+
+    def _obtain_tokenizer(self, training: Corpus, held_out: bool):
+        saved = self.folder.cache / "tokenizer"
+        if saved.is_dir():
+            return load_tokenizer(str(saved))
+        if not self.config.tokenizer.startswith("train:"):
+            return load_tokenizer(self.config.tokenizer)
+        # The units that validation may take stay unseen.
+        units = training.units[max(1, len(training.units) // 20) :] if held_out else training.units
+        texts, size = [], 0
+        for unit in units:
+            for text in training.read(unit):
+                texts.append(text)
+                size += len(text)
+            if size > TOKENIZER_TRAINING_BYTES:
+                break
+        if not texts:
+            raise ConfigError(f"tokenizer: {training.name} is too small to train a tokenizer on; name one instead")
+        return train_tokenizer(texts, int(self.config.tokenizer.removeprefix("train:")))
+
+    def _split_validation(self, training: Corpus, validation: Corpus | None) -> tuple[np.ndarray, Corpus]:
+        config = self.config
+        if validation is not None:
+            rows, _ = self.distributed.on_main(
+                read_validation_rows, validation, self.encoder, config.sequence_length, config.validation_tokens
+            )
+            return rows, training
+        rows, training, _ = self.distributed.on_main(
+            hold_out, training, self.encoder, config.sequence_length, config.validation_tokens
+        )
+        return rows, training
+
+    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
+        if self.config.resume == "none":
+            return None
+        if self.config.resume != "auto":
+            try:
+                return self.distributed.on_main(checkpoint.verify, Path(self.config.resume))
+            except checkpoint.CheckpointError as error:
+                raise ConfigError(f"resume: {error}") from error
+        found, skipped = self.distributed.on_main(checkpoint.find_newest, self.folder.checkpoints)
+        for reason in skipped:
+            self.say(f"passed over: {reason}")
+        if found is None and skipped:
+            raise ConfigError(
+                f"resume: none of the {len(skipped)} checkpoints in {self.folder.checkpoints} is whole; choose another "
+                "output_dir to start afresh"
+            )
+        return found
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def _train(self) -> int | None:
+        """Train to the end or to a signal; that signal's number if so. One pass more than steps, for the last periodic
+        work."""
+        first = self.progress.step
+        for step in range(first, self.plan.max_steps + 1):
+            last = step == self.plan.max_steps
+            stop = self.distributed.any(self._stop_signal is not None)
+            if last or stop or step % self.config.log_every == 0:
+                self._write_pending()
+            new = step > first or step == 0  # what a continued run did at this step before is not done again
+            if new and (last or _due(step, self.config.eval_every) or step == 0):
+                self._validate(step)
+            if new and (last or (step and _due(step, self.config.sample_every))):
+                self._sample(step)
+            if new and step and (last or stop or _due(step, self.config.save_every)):
+                self._save(step)
+            if stop and not last:
+                return self._stop_signal or signal.SIGTERM
+            if not last:
+                self._train_step(step)
+        return None
+
+    def _train_step(self, step: int) -> None:
+        timer = StepTimer(self.distributed.cuda)
+        timer.mark()
+        began = time.perf_counter()
+        rows = self.stream.next_batch(self.plan.rows_per_step)
+        waited = time.perf_counter() - began
+        rate = learning_rate(step, self.config, self.plan)
+        micro_batches = self._to_device(rows).split(self.config.micro_batch_size)
+        result = self.engine.train_step(micro_batches, rate)
+        timer.mark()
+        self.progress.step = step + 1
+        record = {"step": step + 1, "tokens": (step + 1) * self.plan.tokens_per_step, "lr": rate, "waited": waited}
+        self._pending.append((record, result, timer))
+
+    def _to_device(self, rows: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(rows.astype(np.int64))
+        if self.distributed.cuda:
+            return tensor.pin_memory().to(self.distributed.device, non_blocking=True)
+        return tensor
+
+    def _write_pending(self) -> None:
+        """Look at the steps since the last look: the one place where the host waits for the device."""
+        if not self._pending:
+            return
+        columns = torch.stack([torch.stack([r.loss, r.grad_norm, r.skipped]) for _, r, _ in self._pending])
+        losses = self.distributed.mean(columns[:, 0].clone()).tolist()
+        lines = []
+        for (record, _, timer), loss, (norm, skipped) in zip(self._pending, losses, columns[:, 1:].tolist(), strict=True):
+            seconds = timer.seconds()
+            waited = record.pop("waited")
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+            speed = self.plan.tokens_per_step / seconds
+            line = {
+                "step": record["step"],
+                "tokens": record["tokens"],
+                "train_loss": loss,
+                "lr": record["lr"],
+                "grad_norm": norm,
+                "tokens_per_second": speed,
+                "step_seconds": seconds,
+                "data_wait_fraction": min(1.0, waited / seconds),
+                "mfu": self._mfu(speed),
+                "skipped": int(skipped),
+            }
+            lines.append(line)
+        self.metrics.write(lines)
+        self._pending = []
+        recent = float(np.median([line["step_seconds"] for line in lines]))
+        self._seconds_per_step = recent
+        left = (self.plan.max_steps - lines[-1]["step"]) * recent
+        self.say(progress_line(lines[-1], self.plan.max_steps, left))
+        if self.distributed.is_main:
+            self.folder.status("running", None, lines[-1]["step"], lines[-1]["tokens"])
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"the gradient was not finite in {self._skipped_in_a_row} steps in a row up to step {lines[-1]['step']}; "
+                "the weights are as before them. Continue from the last checkpoint with a lower learning_rate"
+            )
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        peak = peak_flops(torch.cuda.get_device_name()) if self.distributed.cuda else None
+        if peak is None:
+            return None
+        flops = flops_per_token(self.config, self.encoder.vocab_size)
+        return tokens_per_second * flops / (peak * self.plan.num_processes)
+
+    # --- periodic work --------------------------------------------------------------------------------------------
+
+    def _validate(self, step: int) -> None:
+        began = time.perf_counter()
+        rank, ranks, size = self.distributed.rank, self.distributed.num_ranks, self.config.micro_batch_size
+        own = self.validation_rows[rank::ranks]
+        total = torch.zeros(2, dtype=torch.float64, device=self.distributed.device)
+        for start in range(0, len(own), size):
+            rows = own[start : start + size]
+            count = len(rows)
+            if count < size:
+                # One shape for all batches: a compiled model must not be compiled again for the last.
+                rows = np.concatenate([rows, np.repeat(rows[:1], size - count, axis=0)])
+            losses = self.engine.losses(self._to_device(rows))[:count]
+            total[0] += losses.double().sum()
+            total[1] += losses.numel()
+        total = self.distributed.mean(total)
+        loss = float(total[0] / total[1])
+        self.best_val_loss = min(self.best_val_loss, loss)
+        self.metrics.write([{"step": step, "tokens": step * self.plan.tokens_per_step, "val_loss": loss}])
+        self.say(f"step {step} | validation loss {loss:.4f} | {format_duration(time.perf_counter() - began)}")
+
+    def _sample(self, step: int) -> None:
+        if self.distributed.is_main:
+            samples = []
+            for prompt in SAMPLE_PROMPTS:
+                ids = self.tokenizer(prompt)["input_ids"]
+                new = continue_text(self.engine.model.gpt2, self.encoder.vocab_size, ids, SAMPLE_TOKENS, seed=self.config.seed)
+                samples.append({"prompt": prompt, "continuation": self.tokenizer.decode(new)})
+            write_json(self.folder.evaluation / f"samples-step-{step:08d}.json", {"step": step, "samples": samples})
+            for sample in samples:
+                self.say(f"  sample: {sample['prompt']}{sample['continuation']!r}")
+        self.distributed.barrier()
+
+    def _save(self, step: int) -> None:
+        began = time.perf_counter()
+        data = self.stream.state()
+        full_state = self.engine.full_state()
+        state = {
+            "tokens": step * self.plan.tokens_per_step,
+            "data": data,
+            "best_val_loss": self.best_val_loss,
+            "ranks": self.plan.num_processes,
+            "engine": type(self.engine).__name__,
+            "precision": self.precision,
+        }
+
+        def write() -> Path:
+            saved = checkpoint.save(self.folder.checkpoints, full_state, state, step)
+            checkpoint.rotate(self.folder.checkpoints, self.config.keep_checkpoints)
+            return saved.path
+
+        path = self.distributed.on_main(write)
+        self.say(f"step {step} | saved {path} | {format_duration(time.perf_counter() - began)}")
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
