@@ -8,8 +8,11 @@ fp32 gradient sums and fp32 moments; fp32 is fp32 throughout.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,6 +47,8 @@ class Distributed:
     """The processes of the run: who I am, and what we tell each other."""
 
     def __init__(self):
+        # DeepSpeed calls collectives by names that newer torch deprecates.
+        warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
         self.cuda = torch.cuda.is_available()
         self.deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         if not self.cuda:
@@ -313,15 +318,15 @@ class Zero1Engine(Engine):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Precision, accumulation and clipping are the run's, not the machine's: what the launcher put into the environment
         # beside the choice of DeepSpeed itself would be refused next to a whole configuration.
-        for name in [
-            n for n in os.environ if n.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_", "ACCELERATE_MIXED_"))
-        ]:
+        overridden = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_", "ACCELERATE_MIXED_")
+        for name in [n for n in os.environ if n.startswith(overridden)]:
             del os.environ[name]
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, plan, precision))
-        self.accelerator = Accelerator(deepspeed_plugin=plugin)
+        self.accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=plan.accumulation)
         groups = parameter_groups(model, config.weight_decay)
         optimizer = _adamw([{"params": [p for _, p in g["named"]], "weight_decay": g["weight_decay"]} for g in groups], config)
-        self.engine, _ = self.accelerator.prepare(model, optimizer)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables past its logger
+            self.engine, _ = self.accelerator.prepare(model, optimizer)
         # DeepSpeed links parameters to their moments at the first step of the first group, when those of the second do
         # not exist yet under fp32. With moments from the start, every group is linked.
         base = self.engine.optimizer.optimizer

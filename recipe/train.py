@@ -41,11 +41,6 @@ class TrainingError(RuntimeError):
     """The training cannot go on; the message says why and what to do."""
 
 
-def cache_folder() -> Path:
-    """Where what is derived from this machine is kept: $RECIPE_CACHE, or ~/.cache/gpt2-recipe."""
-    return Path(os.environ.get("RECIPE_CACHE") or Path.home() / ".cache" / "gpt2-recipe")
-
-
 def main(arguments: list[str]) -> int:
     """Run `pretrain.py`; the exit code: 0 done, 2 bad configuration, 75 stopped by a signal after saving, else a fault."""
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -164,7 +159,7 @@ class Run:
         config, distributed = self.config, self.distributed
         self.precision = resolve_precision(config.precision, distributed.cuda)
         training, validation = distributed.on_main(
-            open_corpora, config.data, config.validation_data, config.text_column, cache_folder()
+            open_corpora, config.data, config.validation_data, config.text_column, self.folder.cache
         )
         self.tokenizer = distributed.on_main(self._obtain_tokenizer, training, validation is None)
         self.encoder = Encoder(self.tokenizer)
@@ -377,9 +372,11 @@ class Run:
     def _sample(self, step: int) -> None:
         if self.distributed.is_main:
             samples = []
-            for prompt in SAMPLE_PROMPTS:
+            for n, prompt in enumerate(SAMPLE_PROMPTS):
                 ids = self.tokenizer(prompt)["input_ids"]
-                new = continue_text(self.engine.model.gpt2, self.encoder.vocab_size, ids, SAMPLE_TOKENS, seed=self.config.seed)
+                new = continue_text(
+                    self.engine.model.gpt2, self.encoder.vocab_size, ids, SAMPLE_TOKENS, seed=self.config.seed + n
+                )
                 samples.append({"prompt": prompt, "continuation": self.tokenizer.decode(new)})
             write_json(self.folder.evaluation / f"samples-step-{step:08d}.json", {"step": step, "samples": samples})
             for sample in samples:

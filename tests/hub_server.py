@@ -151,7 +151,11 @@ class Repo:
         return sorted(entries, key=lambda entry: entry["path"])
 
 
-def first(count: int, fault: Fault, matching: Callable[[Request], bool] = lambda request: True):
+def first(
+    count: int,
+    fault: Fault,
+    matching: Callable[[Request], bool] = lambda request: True,
+) -> Callable[[Request], Fault | None]:
     """Return a fault hook that breaks the first `count` requests that match."""
     left = iter(range(count))
     return lambda request: fault if matching(request) and next(left, None) is not None else None
@@ -185,7 +189,13 @@ class HubServer:
         if self.errors and kind is None:
             raise self.errors[0]
 
-    def add_repo(self, repo_type: str, repo_id: str, files: dict[str, bytes | Path], revision: str | None = None) -> str:
+    def add_repo(
+        self,
+        repo_type: str,
+        repo_id: str,
+        files: dict[str, bytes | Path],
+        revision: str | None = None,
+    ) -> str:
         """Commit `files` as the whole content of a "model" or "dataset" repository and return the commit's sha.
 
         `main` moves to this commit, older ones stay readable. The sha (40 hex digits) is `revision` or a hash of the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from recipe.config import ConfigError
@@ -83,6 +85,6 @@ def check_length(corpus: Corpus, encoder: Encoder, planned_tokens: int, max_epoc
     if epochs > max_epochs:
         raise ConfigError(
             f"max_epochs: the run takes {planned_tokens:,} tokens and {corpus.name} holds {about}{tokens:,}: that is "
-            f"{epochs:.2f} epochs and max_epochs is {max_epochs}; set --max_epochs {int(-(-epochs // 1))}, or train fewer tokens"
+            f"{epochs:.2f} epochs and max_epochs is {max_epochs}; set --max_epochs {math.ceil(epochs)}, or train fewer tokens"
         )
     return f"{about}{tokens:,} training tokens an epoch, {epochs:.2f} epochs planned"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shlex
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def run_harness(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # warns of what is meant: a task replaced, a model passed in
     if data is not None:
         if tasks != ["hellaswag"]:
             raise ConfigError(f"evaluate_data: local data stands for hellaswag, not for {', '.join(tasks)}")
@@ -89,7 +91,7 @@ def _counting_model(model: str | PreTrainedModel, tokenizer: Any, device: str, b
         """HFLM cuts long inputs with a log line; here they are counted."""
 
         truncated = 0
-        name = model if isinstance(model, str) else "EXPORT"
+        name = model if isinstance(model, str) else "EXPORT_OF_THE_MODEL"
 
         def _loglikelihood_tokens(self, requests, *arguments, **keywords):
             self.truncated += sum(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers.utils.logging import disable_progress_bar
 
 from recipe.config import Config
 from recipe.model import build_model, gpt2_config
@@ -22,19 +23,18 @@ class ExportError(RuntimeError):
     """The export does not compute what the trained model computes; it was not put in place."""
 
 
-def export_model(
-    masters: dict[str, torch.Tensor], config: Config, tokenizer: Any, rows: np.ndarray, target: Path
-) -> tuple[GPT2LMHeadModel, float]:
+def export_model(masters: dict[str, torch.Tensor], config: Config, tokenizer: Any, rows: np.ndarray, target: Path) -> float:
     """Write `target` (replacing an earlier export) from fp32 masters.
 
     Args:
         masters: fp32 weights by name, vocabulary padded.
         rows: token ids [rows, sequence + 1] on which the reloaded model is compared with the trained one.
     Returns:
-        the reloaded model, and the largest difference of a logit.
+        the largest difference of a logit between the trained and the reloaded model.
     Raises:
         ExportError: if the reloaded logits differ by more than LOGIT_TOLERANCE.
     """
+    disable_progress_bar()
     vocab_size = len(tokenizer)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -47,16 +47,14 @@ def export_model(
     model.save_pretrained(temporary)
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(temporary)
-    difference, reloaded = _compare(masters, config, tokenizer, rows, temporary)
+    difference = _compare(masters, config, tokenizer, rows, temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    return reloaded, difference
+    return difference
 
 
 @torch.no_grad()
-def _compare(
-    masters: dict[str, torch.Tensor], config: Config, tokenizer: Any, rows: np.ndarray, folder: Path
-) -> tuple[float, GPT2LMHeadModel]:
+def _compare(masters: dict[str, torch.Tensor], config: Config, tokenizer: Any, rows: np.ndarray, folder: Path) -> float:
     trained = build_model(config, len(tokenizer), int(tokenizer.eos_token_id)).gpt2
     trained.load_state_dict(masters | {"lm_head.weight": masters["transformer.wte.weight"]})
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -68,4 +66,4 @@ def _compare(
     allowed = LOGIT_TOLERANCE * max(1.0, float(expected.abs().max()))
     if not difference <= allowed:
         raise ExportError(f"the export's logits differ from the trained model's by {difference:.1e}, above {allowed:.1e}")
-    return difference, reloaded
+    return difference

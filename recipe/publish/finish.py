@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recipe import checkpoint
-from recipe.config import Config
+from recipe.config import Config, ConfigError
 from recipe.evaluation.harness import run_harness
 from recipe.files import write_json
+from recipe.monitor.metrics import MetricsLog
 from recipe.publish.card import write_card
 from recipe.publish.export import export_model
 from recipe.run_folder import RunFolder, read_metrics
@@ -29,41 +30,62 @@ def finish_run(folder: RunFolder, config: Config, tokenizer: Any, rows: np.ndarr
     newest, skipped = checkpoint.find_newest(folder.checkpoints)
     if newest is None:
         raise checkpoint.CheckpointError("; ".join(skipped) or f"{folder.checkpoints} holds no checkpoint")
-    model, difference = export_model(newest.masters(), config, tokenizer, rows, folder.export)
+    difference = export_model(newest.masters(), config, tokenizer, rows, folder.export)
     say(f"exported {folder.export} from step {newest.step}; reloaded logits differ by at most {difference:.1e}")
     write_card(folder)
-    if config.evaluate_tasks != "none":
-        evaluate_run(folder, model, tokenizer, newest.step, config, say)
-        write_card(folder)
-
-
-def evaluate_run(folder: RunFolder, model: Any, tokenizer: Any, step: int, config: Config, say: Callable[[str], None]) -> None:
-    """Evaluate with lm-evaluation-harness; write eval/<task>.json and a line of metrics.jsonl."""
-    tasks = [task.strip() for task in config.evaluate_tasks.split(",")]
+    if config.evaluate_tasks == "none":
+        return
     try:
         results = run_harness(
-            model,
-            tasks,
-            tokenizer,
+            str(folder.export),
+            config.evaluate_tasks.split(","),
             data=config.evaluate_data,
             task_folder=folder.evaluation / "tasks",
             limit=config.evaluate_limit,
         )
     except Exception as error:  # the model is trained and exported; an evaluation can be made up for
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        say(f"evaluation of {', '.join(tasks)} failed: {reason}")
+        say(f"evaluation of {config.evaluate_tasks} failed: {reason}")
         say(f"later: python scripts/evaluate.py {folder.path} --tasks {config.evaluate_tasks}")
         return
-    results["command"] = results["command"].replace("pretrained=EXPORT", f"pretrained={folder.export}")
-    record_results(folder, results, step, say)
+    record_results(folder, results, newest.step, say)
+    write_card(folder)
+
+
+def evaluate_model(
+    model: str,
+    tasks: list[str],
+    data: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """`scripts/evaluate.py`: evaluate a run (its export; the results join the run and its card) or any model.
+
+    Raises:
+        ConfigError: if `model` is a run without an export, or for a bad task or data.
+    """
+    folder = RunFolder(Path(model))
+    is_run = folder.config.is_file()
+    if is_run and not (folder.export / "config.json").is_file():
+        raise ConfigError(f"{model} has no export yet; let the run finish")
+    task_folder = folder.evaluation / "tasks" if is_run else (output or Path("hellaswag.json")).with_suffix(".tasks")
+    results = run_harness(str(folder.export) if is_run else model, tasks, None, data, task_folder, limit, batch_size)
+    if is_run:
+        step = max(r["step"] for r in read_metrics(folder.metrics))
+        record_results(folder, results, step, print)
+        write_card(folder)
+    else:
+        print_results(results, print)
+    if output is not None:
+        write_json(output, results)
+    return results
 
 
 def record_results(folder: RunFolder, results: dict, step: int, say: Callable[[str], None]) -> None:
     """Write eval/<task>.json for each task and, for hellaswag, the line of metrics.jsonl; print the numbers."""
     for task, numbers in results["tasks"].items():
         write_json(folder.evaluation / f"{task}.json", {**results, "tasks": {task: numbers}, "step": step})
-        shown = "  ".join(f"{k} {v:.4f} ± {numbers[f'{k}_stderr']:.4f}" for k, v in numbers.items() if f"{k}_stderr" in numbers)
-        say(f"{task} ({numbers['n']} items{', ' + results['data'] if results['data'] else ''}): {shown}")
     if "hellaswag" in results["tasks"]:
         numbers = results["tasks"]["hellaswag"]
         record = {
@@ -73,8 +95,17 @@ def record_results(folder: RunFolder, results: dict, step: int, say: Callable[[s
             "hellaswag_n": numbers["n"],
         }
         if record not in read_metrics(folder.metrics):
-            with open(folder.metrics, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(record) + "\n")
+            log = MetricsLog(folder.metrics)
+            log.write([record])
+            log.close()
+    print_results(results, say)
+
+
+def print_results(results: dict, say: Callable[[str], None]) -> None:
+    """A line per task, and the command that gives the same numbers."""
+    for task, numbers in results["tasks"].items():
+        shown = "  ".join(f"{k} {v:.4f} ± {numbers[f'{k}_stderr']:.4f}" for k, v in numbers.items() if f"{k}_stderr" in numbers)
+        say(f"{task} ({numbers['n']} items{', ' + results['data'] if results['data'] else ''}): {shown}")
     if results["truncated"]:
         say(f"warning: {results['truncated']} inputs were longer than the model's positions and were cut")
     say(f"the same numbers: {results['command']}")

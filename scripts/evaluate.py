@@ -1,0 +1,48 @@
+"""Evaluate a model or a run with lm-evaluation-harness.
+
+python scripts/evaluate.py runs/gpt2-124m --tasks hellaswag             a run: its export; results go to RUN/eval
+python scripts/evaluate.py openai-community/gpt2 --tasks hellaswag --output gpt2.json
+options: --data FILE.jsonl|mini (HellaSwag format, instead of the Hub's)  --limit N  --batch_size N  --output FILE
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", metavar="MODEL_OR_RUN")
+    parser.add_argument("--tasks", default="hellaswag")
+    parser.add_argument("--data")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+
+    from recipe.config import ConfigError
+    from recipe.publish.finish import evaluate_model
+
+    try:
+        evaluate_model(
+            arguments.model,
+            arguments.tasks.split(","),
+            data=arguments.data,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            output=arguments.output,
+        )
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Start the project as a user does: `accelerate launch --config_file ... scripts/pretrain.py ...`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PRETRAIN = str(ROOT / "scripts" / "pretrain.py")
+
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "sequence_length": 64, "batch_tokens": 1024, "micro_batch_size": 4,
+    "tokenizer": "train:512", "learning_rate": 1e-3, "warmup_steps": 10, "validation_tokens": 2048, "eval_every": 0,
+    "sample_every": 0, "save_every": 0, "evaluate_tasks": "none", "log_every": 10,
+}  # fmt: skip
+"""A model that trains a step in milliseconds."""
+
+
+def options(**fields: object) -> list[str]:
+    """Fields as command-line words."""
+    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+def accelerate_command(accelerate_file: str, *arguments: str) -> list[str]:
+    """The launch of `scripts/pretrain.py` with one of configs/accelerate."""
+    config = str(ROOT / "configs" / "accelerate" / f"{accelerate_file}.yaml")
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, PRETRAIN, *arguments]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """An environment without network access to the Hub."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def launch(accelerate_file: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run to the end and assert success; the output is in the error message otherwise."""
+    done = subprocess.run(
+        accelerate_command(accelerate_file, *arguments), env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """Training losses in the order of the steps, each step once."""
+    records = [r for r in metrics(run) if "train_loss" in r]
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    return [r["train_loss"] for r in records]
