@@ -20,8 +20,7 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     return [
         " ".join(
-            f"The {rng.choice(WORDS)} {rng.choice(WORDS)} {rng.choice(WORDS)} {number}."
-            for number in range(rng.randint(5, 60))
+            f"The {rng.choice(WORDS)} {rng.choice(WORDS)} {rng.choice(WORDS)} {number}." for number in range(rng.randint(5, 60))
         )
         for _ in range(count)
     ]

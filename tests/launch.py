@@ -13,7 +13,7 @@ PRETRAIN = str(ROOT / "scripts" / "pretrain.py")
 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "sequence_length": 64, "batch_tokens": 1024, "micro_batch_size": 4,
-    "tokenizer": "train:512", "learning_rate": 1e-3, "warmup_steps": 10, "validation_tokens": 2048, "eval_every": 0,
+    "tokenizer": "train:400", "learning_rate": 1e-3, "warmup_steps": 10, "validation_tokens": 2048, "eval_every": 0,
     "sample_every": 0, "save_every": 0, "evaluate_tasks": "none", "log_every": 10,
 }  # fmt: skip
 """A model that trains a step in milliseconds."""

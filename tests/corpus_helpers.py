@@ -1,0 +1,105 @@
+"""Small texts in every format, and ranks that are threads."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipe.data.corpus import Corpus, open_corpora
+
+
+def write_jsonl(path: Path, texts: Iterable[Any], key: str = "text") -> Path:
+    path.write_bytes("".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts).encode())
+    return path
+
+
+def write_jsonl_gz(path: Path, texts: Iterable[Any], key: str = "text") -> Path:
+    path.write_bytes(gzip.compress("".join(json.dumps({key: text}) + "\n" for text in texts).encode()))
+    return path
+
+
+def write_parquet(path: Path, texts: list[str | None], group: int = 1000, key: str = "text", **columns: list[Any]) -> Path:
+    pq.write_table(pa.table({**columns, key: pa.array(texts, pa.string())}), path, row_group_size=group)
+    return path
+
+
+def open_training(data: Path | str, text_column: str = "text") -> Corpus:
+    return open_corpora(str(data), None, text_column, Path("/nonexistent"))[0]
+
+
+def read_all(corpus: Corpus) -> list[str]:
+    return [text for unit in corpus.units for text in corpus.read(unit)]
+
+
+class NumberEncoder:
+    """Stands in for the Encoder: the document "start length" becomes the ids start, start + 1, ..., so that every token
+    of a corpus differs from every other, and says which document it is from and where it stands there."""
+
+    dtype = np.uint32
+    hash = "numbers"
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.arange(start, start + length, dtype=self.dtype) for start, length in (map(int, t.split()) for t in texts)]
+
+
+def numbered_documents(lengths: Iterable[int], first: int = 0) -> list[str]:
+    """Documents for the NumberEncoder, of these lengths in tokens, one behind the other from the id `first`."""
+    documents = []
+    for length in lengths:
+        documents.append(f"{first} {length}")
+        first += length
+    return documents
+
+
+def numbered_corpus(folder: Path, files: list[list[int]], group: int = 4) -> Corpus:
+    """Parquet files of numbered documents with the given lengths, `group` documents to a row group."""
+    folder.mkdir(exist_ok=True)
+    first = 0
+    for n, lengths in enumerate(files):
+        write_parquet(folder / f"{n:02}.parquet", numbered_documents(lengths, first), group)
+        first += sum(lengths)
+    return open_training(folder)
+
+
+class ThreadExchange:
+    """The exchange of a rank that is a thread. A rank that is left waiting breaks the barrier after `timeout` seconds."""
+
+    def __init__(self, rank: int, num_ranks: int, barrier: threading.Barrier, slots: list[np.ndarray | None]):
+        self.rank, self.num_ranks, self._barrier, self._slots = rank, num_ranks, barrier, slots
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        assert values.dtype == np.int64
+        self._slots[self.rank] = values.copy()
+        self._barrier.wait()
+        total = np.sum(self._slots, axis=0)
+        self._barrier.wait()
+        return total
+
+
+def run_ranks(num_ranks: int, function: Callable[[ThreadExchange], Any], timeout: float = 20) -> list[Any]:
+    """What `function` gives, or the exception that it raises, on each of `num_ranks` threads."""
+    barrier = threading.Barrier(num_ranks, timeout=timeout)
+    slots: list[np.ndarray | None] = [None] * num_ranks
+    results: list[Any] = [None] * num_ranks
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = function(ThreadExchange(rank, num_ranks, barrier, slots))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout * 2)
+        assert not thread.is_alive(), "a rank hangs"
+    return results

@@ -1,0 +1,227 @@
+"""The run folder: whose it is, what it says about the run, and what can be read from it after a crash."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
+
+import pytest
+import yaml
+
+from recipe import run_folder
+from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, load_config, to_yaml
+from recipe.run_folder import RunFolder, describe_environment, read_metrics
+
+
+def make_config(**fields) -> Config:
+    return dataclasses.replace(load_config(["--max_steps", "1000", "--output_dir", "out"]), **fields)
+
+
+def other(name: str) -> object:
+    """A value of the field that differs from make_config's."""
+    hint, now = typing.get_type_hints(Config)[name], getattr(make_config(), name)
+    if typing.get_origin(hint) is typing.Literal:
+        return next((choice for choice in typing.get_args(hint) if choice != now), "sgd")
+    if isinstance(now, bool) or (now is None and bool in getattr(hint, "__args__", ())):
+        return not now
+    if isinstance(now, str) or (now is None and str in hint.__args__):
+        return f"another {name}"
+    return (now or 0) + 1
+
+
+def refusal(folder: RunFolder, config: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        folder.check(config)
+    (problem,) = caught.value.problems
+    return problem
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "some" / "run")
+
+
+@pytest.fixture
+def claimed(folder) -> RunFolder:
+    """A folder that holds a run of make_config()."""
+    folder.claim(make_config(), {"ranks": 1})
+    return folder
+
+
+# --- check --------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_holds_no_run_and_is_not_created(folder):
+    assert folder.check(make_config()) is False
+    assert not folder.path.parent.exists()
+
+
+def test_an_empty_or_foreign_folder_holds_no_run(folder):
+    folder.path.mkdir(parents=True)
+    (folder.path / "notes.txt").write_text("mine")
+    assert folder.check(make_config()) is False
+    assert folder.check(make_config(resume="none")) is False
+
+
+def test_a_file_is_refused(folder):
+    folder.path.parent.mkdir()
+    folder.path.write_text("x")
+    assert refusal(folder, make_config()) == f"output_dir: {folder.path} is a file; name a folder"
+
+
+def test_checkpoints_without_a_configuration_are_refused(folder):
+    (folder.checkpoints / "step-00000001").mkdir(parents=True)
+    assert refusal(folder, make_config()) == (
+        f"output_dir: {folder.path} holds checkpoints but no config.yaml; choose another folder"
+    )
+
+
+def test_the_same_configuration_continues(claimed):
+    assert claimed.check(make_config()) is True
+
+
+def test_resume_none_is_refused_on_a_run(claimed):
+    problem = refusal(claimed, make_config(resume="none"))
+    assert problem.startswith(f"resume: {claimed.path} holds a run already; drop `resume none` to continue it, or ")
+
+
+@pytest.mark.parametrize("name", sorted(NOT_PART_OF_THE_RUN - {"name"}))
+def test_fields_that_may_differ(claimed, name):
+    assert claimed.check(make_config(**{name: other(name)})) is True
+
+
+@pytest.mark.parametrize("name", [n for n in config_fields() if n not in NOT_PART_OF_THE_RUN])
+def test_fields_that_may_not_differ_are_named_with_both_values(claimed, name):
+    there, now = getattr(make_config(), name), other(name)
+    problem = refusal(claimed, make_config(**{name: now}))
+    assert problem.startswith(f"output_dir: {claimed.path} holds a run with another configuration: ")
+    assert (
+        problem.count(" there and ") == 1 and f": {name} is {there} there and {now} now; choose another output_dir" in problem
+    )
+
+
+def test_all_differences_are_named(claimed):
+    problem = refusal(claimed, make_config(n_layer=3, seed=7, data="other.txt", save_every=1))
+    assert problem.count(" there and ") == 3
+    for difference in ("n_layer is 12 there and 3 now", "seed is 0 there and 7 now", "and other.txt now"):
+        assert difference in problem
+    assert "save_every" not in problem
+
+
+def test_defaults_resolved_alike_are_the_same_run(claimed):
+    given = load_config(
+        ["--max_steps", "1000", "--n_positions", "1024", "--sequence_length", "1024", "--learning_rate", "6e-4"]
+    )
+    assert claimed.check(given) is True
+
+
+def test_check_changes_nothing(claimed):
+    before = {p: p.read_bytes() for p in claimed.path.rglob("*") if p.is_file()}
+    claimed.check(make_config())
+    refusal(claimed, make_config(n_layer=3))
+    assert before == {p: p.read_bytes() for p in claimed.path.rglob("*") if p.is_file()}
+
+
+# --- claim, status ------------------------------------------------------------------------------------------------
+
+
+def test_claim_describes_the_run(claimed):
+    assert sorted(p.name for p in claimed.path.iterdir()) == ["cache", "checkpoints", "config.yaml", "environment.json", "eval"]
+    assert claimed.config.read_text() == to_yaml(make_config())
+    assert json.loads((claimed.path / "environment.json").read_text()) == {"ranks": 1}
+    assert not claimed.export.exists() and not claimed.metrics.exists()
+
+
+def test_the_configuration_in_the_folder_starts_the_same_run(claimed):
+    config = load_config([str(claimed.config)])
+    assert dataclasses.replace(config, name="run") == make_config()
+    assert claimed.check(config) is True
+
+
+def test_claiming_again_rewrites_the_description_and_keeps_the_rest(claimed):
+    (claimed.checkpoints / "step-00000001").mkdir()
+    claimed.claim(make_config(log_every=3), {"ranks": 2})
+    assert yaml.safe_load(claimed.config.read_text())["log_every"] == 3
+    assert json.loads((claimed.path / "environment.json").read_text()) == {"ranks": 2}
+    assert (claimed.checkpoints / "step-00000001").is_dir()
+
+
+def test_status_is_replaced_whole(claimed):
+    claimed.status("running", None, 5, 320)
+    path = claimed.path / "status.json"
+    expected = {"state": "running", "exit_code": None, "step": 5, "tokens": 320, "reason": "", "rank": 0}
+    assert json.loads(path.read_text()) == expected
+    claimed.status("failed", 1, 7, 448, "RuntimeError: no", 3)
+    expected = {"state": "failed", "exit_code": 1, "step": 7, "tokens": 448, "reason": "RuntimeError: no", "rank": 3}
+    assert json.loads(path.read_text()) == expected
+    assert not list(claimed.path.glob(".*"))
+
+
+# --- environment --------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_is_described(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/pretrain.py", "configs/quickstart.yaml"])
+    environment = describe_environment(2, "Zero1Engine", "bf16")
+    assert json.loads(json.dumps(environment)) == environment
+    assert environment["command"] == ["python", "scripts/pretrain.py", "configs/quickstart.yaml"]
+    assert (environment["ranks"], environment["engine"], environment["precision"]) == (2, "Zero1Engine", "bf16")
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["hardware"]["cores"] >= 1 and environment["hardware"]["cpu"]
+    import torch
+
+    assert environment["versions"]["torch"] == torch.__version__
+    assert set(environment["versions"]) <= set(run_folder.PACKAGES)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with one tagged commit, from which recipe/run_folder.py seems to run; gives a `git` function."""
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "run_folder.py").write_text("")
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "recipe" / "run_folder.py"))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    git("tag", "-am", "v1", "v1")
+    return git
+
+
+def test_the_commit_is_recorded(checkout):
+    assert describe_environment(1, "E", "fp32")["commit"] == checkout("rev-parse", "HEAD")
+
+
+def test_a_changed_file_makes_the_commit_dirty(checkout, tmp_path):
+    (tmp_path / "recipe" / "run_folder.py").write_text("changed")
+    assert describe_environment(1, "E", "fp32")["commit"] == checkout("rev-parse", "HEAD") + "-dirty"
+
+
+def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "recipe" / "run_folder.py"))
+    assert describe_environment(1, "E", "fp32")["commit"] is None
+
+
+def test_without_git_there_is_no_commit(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert describe_environment(1, "E", "fp32")["commit"] is None
+
+
+# --- read_metrics -------------------------------------------------------------------------------------------------
+
+
+def test_metrics_without_a_file(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("last", ["", '{"step": 2, "tr', "{", '{"step": 2}', '{"step": 2}\n'])
+def test_metrics_leave_out_a_line_cut_off(tmp_path, last):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train_loss": null}\n' + last)
+    assert read_metrics(path) == [{"step": 1, "train_loss": None}] + ([{"step": 2}] if last.startswith('{"step": 2}') else [])
