@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,11 @@ from recipe.files import write_json
 from recipe.model import build_model, continue_text
 from recipe.monitor.metrics import MetricsLog, format_duration, progress_line
 from recipe.optim.schedule import learning_rate
-from recipe.plan import Plan, flops_per_token, load_run, peak_flops
+from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.publish.finish import finish_run
 from recipe.run_folder import RunFolder, describe_environment
 from recipe.tokenizer import Encoder, load_tokenizer, train_tokenizer
 
-EXIT_CONFIG, EXIT_STOPPED = 2, 75
 SAMPLE_PROMPTS = ("The", "In this example", "Once upon a time")
 SAMPLE_TOKENS = 64
 TOKENIZER_TRAINING_BYTES = 32 << 20
@@ -39,50 +37,6 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 class TrainingError(RuntimeError):
     """The training cannot go on; the message says why and what to do."""
-
-
-def main(arguments: list[str]) -> int:
-    """Run `pretrain.py`; the exit code: 0 done, 2 bad configuration, 75 stopped by a signal after saving, else a fault."""
-    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        config, plan = load_run(arguments, num_ranks)
-        folder = RunFolder(Path(config.output_dir))
-        folder.check(config)
-    except ConfigError as error:
-        return _report_config_error(error, rank)
-    if config.dry_run:
-        if rank == 0:
-            from recipe.dry_run import dry_run
-
-            dry_run(config, plan)
-        return 0
-    progress = Progress()
-    try:
-        return Run(config, plan, folder, progress).execute()
-    except ConfigError as error:
-        return _report_config_error(error, rank)
-    except Exception as error:
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        print(f"rank {rank} failed at step {progress.step}: {reason}", file=sys.stderr, flush=True)
-        if folder.config.is_file():
-            folder.status("failed", 1, progress.step, progress.step * plan.tokens_per_step, reason, rank)
-        return 1
-
-
-def _report_config_error(error: ConfigError, rank: int) -> int:
-    if rank == 0:
-        count = len(error.problems)
-        print(f"{count} problem{'s' * (count > 1)} with the configuration or the input:", file=sys.stderr)
-        print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr, flush=True)
-    return EXIT_CONFIG
-
-
-@dataclass
-class Progress:
-    """How far the run is, for whoever reports a fault."""
-
-    step: int = 0
 
 
 @dataclass
@@ -109,36 +63,30 @@ class StepTimer:
 class Run:
     """One start of a run, on this rank."""
 
-    def __init__(self, config: Config, plan: Plan, folder: RunFolder, progress: Progress):
-        self.config, self.plan, self.folder, self.progress = config, plan, folder, progress
+    def __init__(self, config: Config, plan: Plan, folder: RunFolder):
+        self.config, self.plan, self.folder = config, plan, folder
+        self.step = 0
+        """Optimizer steps done."""
         self._stop_signal: int | None = None
         self._pending: list[tuple[dict[str, Any], StepResult, StepTimer]] = []
         self._skipped_in_a_row = 0
         self._seconds_per_step = 0.0
 
-    def execute(self) -> int:
-        """Set up, train, and on rank 0 export and evaluate. The exit code."""
+    def execute(self) -> signal.Signals | None:
+        """Set up, train, and on rank 0 export and evaluate. The signal that stopped the training early, if one did."""
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._on_signal)
         self.distributed = Distributed()
         self.say(f"{self.plan.num_processes} ranks on {self._device_name()}")
         self._set_up()
-        stopped = self._train()
+        stopped_by = self._train()
         self.stream.close()
         self.metrics.close()
-        main, tokens = self.distributed.is_main, self.progress.step * self.plan.tokens_per_step
+        main = self.distributed.is_main
         self.distributed.close()
-        if stopped:
-            if main:
-                reason = f"signal {signal.Signals(stopped).name}"
-                self.folder.status("stopped", EXIT_STOPPED, self.progress.step, tokens, reason)
-            self.say(f"stopped at step {self.progress.step}; the same command goes on from here")
-            return EXIT_STOPPED
-        if main:
-            finish_run(self.folder, self.config, self.tokenizer, self.validation_rows, self.say)
-            self.folder.status("finished", 0, self.progress.step, tokens)
-            self.say(f"finished: {self.folder.path}")
-        return 0
+        if main and stopped_by is None:
+            finish_run(self.folder, self.config, self.tokenizer, self.validation_rows, print)
+        return stopped_by
 
     def say(self, line: str) -> None:
         """Print on rank 0."""
@@ -188,14 +136,14 @@ class Run:
         self.best_val_loss = float("inf")
         if start:
             self.engine.load_full_state(start.full_state())
-            self.progress.step = start.step
+            self.step = start.step
             self.best_val_loss = state["best_val_loss"]
             self.say(f"continuing from {start.path} at step {start.step}")
         if distributed.is_main:
             environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
             self.folder.claim(config, environment)
             self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
-            self.folder.status("running", None, self.progress.step, self.progress.step * self.plan.tokens_per_step)
+            self.folder.status("running", None, self.step, self.step * self.plan.tokens_per_step)
         distributed.barrier()
         self.metrics = MetricsLog(
             self.folder.metrics if distributed.is_main else Path(os.devnull),
@@ -259,10 +207,10 @@ class Run:
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def _train(self) -> int | None:
+    def _train(self) -> signal.Signals | None:
         """Train to the end or to a signal; that signal's number if so. One pass more than steps, for the last periodic
         work."""
-        first = self.progress.step
+        first = self.step
         for step in range(first, self.plan.max_steps + 1):
             last = step == self.plan.max_steps
             stop = self.distributed.any(self._stop_signal is not None)
@@ -276,7 +224,8 @@ class Run:
             if new and step and (last or stop or _due(step, self.config.save_every)):
                 self._save(step)
             if stop and not last:
-                return self._stop_signal or signal.SIGTERM
+                # A signal to any rank stops all of them.
+                return signal.Signals(self._stop_signal or signal.SIGTERM)
             if not last:
                 self._train_step(step)
         return None
@@ -291,7 +240,7 @@ class Run:
         micro_batches = self._to_device(rows).split(self.config.micro_batch_size)
         result = self.engine.train_step(micro_batches, rate)
         timer.mark()
-        self.progress.step = step + 1
+        self.step = step + 1
         record = {"step": step + 1, "tokens": (step + 1) * self.plan.tokens_per_step, "lr": rate, "waited": waited}
         self._pending.append((record, result, timer))
 

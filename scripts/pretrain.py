@@ -19,6 +19,6 @@ if __name__ == "__main__":
 
         print(__doc__.strip() + "\n\n" + help_text("pretrain.py"))
         sys.exit(0)
-    from recipe.train import main
+    from recipe.cli import main
 
     sys.exit(main(sys.argv[1:]))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus_helpers import open_training, read_all, write_jsonl, write_jsonl_gz, write_parquet
 
+from corpus_helpers import open_training, read_all, write_jsonl, write_jsonl_gz, write_parquet
 from recipe.config import ConfigError
 from recipe.data import corpus as corpus_module
 from recipe.data.corpus import DataError, check_data_exists, hub_id, is_local, open_corpora

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from hub_server import Fault, HubServer, Request, client_environment, first
 
 README = b"""---

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_helpers import NumberEncoder, numbered_corpus, open_training, read_all, write_jsonl, write_parquet
 
+from corpus_helpers import NumberEncoder, numbered_corpus, open_training, read_all, write_jsonl, write_parquet
 from recipe.data import packing
 from recipe.data.corpus import Corpus, Unit
 from recipe.data.packing import ENCODE_CHUNK, Cursor, ShardPacker

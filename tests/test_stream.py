@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from corpus_helpers import (
     NumberEncoder,
     ThreadExchange,
@@ -24,7 +25,6 @@ from corpus_helpers import (
     write_jsonl,
     write_parquet,
 )
-
 from recipe.data.corpus import Corpus, DataError, Unit
 from recipe.data.stream import MAX_SHARDS, RowStream
 from recipe.tokenizer import Encoder, train_tokenizer

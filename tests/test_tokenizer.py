@@ -8,10 +8,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from corpus_helpers import open_training, read_all
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from corpus_helpers import open_training, read_all
 from recipe.config import ConfigError
 from recipe.tokenizer import END_OF_TEXT, Encoder, load_tokenizer, train_tokenizer
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from corpus_helpers import (
     NumberEncoder,
     numbered_corpus,
@@ -15,7 +16,6 @@ from corpus_helpers import (
     write_jsonl_gz,
     write_parquet,
 )
-
 from recipe.config import ConfigError
 from recipe.data import corpus as corpus_module
 from recipe.data import validation
