@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def main(arguments: list[str]) -> int:
             count = len(error.problems)
             print(f"{count} problem{'s' * (count > 1)} with the configuration or the input:", file=sys.stderr)
             print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+        else:
+            # The launcher ends all ranks when the first one exits: rank 0 must have spoken by then.
+            time.sleep(2)
         return EXIT_CONFIG
 
 
