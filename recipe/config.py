@@ -30,7 +30,10 @@ class ConfigError(ValueError):
 
     def __init__(self, *problems: str):
         self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__(*problems)
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 @dataclass(kw_only=True)

@@ -12,13 +12,23 @@ from pathlib import Path
 
 import yaml
 
-from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, to_yaml
+from recipe.config import INSTALLED_DOCS, NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, to_yaml
+from recipe.data.corpus import is_local
 from recipe.files import write_json, write_text
 
 PACKAGES = (
     "torch transformers accelerate datasets tokenizers tiktoken evaluate lm_eval deepspeed safetensors huggingface_hub "
     "numpy pyarrow triton"
 ).split()
+
+
+PATHS = ("data", "validation_data", "tokenizer")
+"""Fields that may name a folder, which may lie elsewhere when the run goes on: the text is compared by its fingerprint, and
+the tokenizer is kept in the run."""
+
+
+def _is_path(value: str | None) -> bool:
+    return value is not None and value != INSTALLED_DOCS and not value.startswith("train:") and is_local(value)
 
 
 class RunFolder:
@@ -53,7 +63,9 @@ class RunFolder:
         differing = [
             f"{name} is {theirs.get(name)} there and {getattr(config, name)} now"
             for name in config_fields()
-            if name not in NOT_PART_OF_THE_RUN and theirs.get(name) != getattr(config, name)
+            if name not in NOT_PART_OF_THE_RUN
+            and theirs.get(name) != getattr(config, name)
+            and not (name in PATHS and _is_path(theirs.get(name)) and _is_path(getattr(config, name)))
         ]
         if differing:
             raise ConfigError(

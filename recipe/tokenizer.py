@@ -13,6 +13,7 @@ import numpy as np
 from recipe.config import ConfigError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -47,6 +48,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer: {name} has no fast (tokenizers) implementation")
+    if tokenizer.eos_token_id is None and END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TEXT  # a tokenizer.json alone does not say so
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer: {name} has no end-of-text token, which separates the documents")
     return tokenizer
@@ -96,7 +99,7 @@ class Encoder:
         state["added_tokens"] = []
         state["post_processor"] = None
         serialized = json.dumps(state, sort_keys=True, ensure_ascii=False)
-        self.hash = hashlib.sha256(serialized.encode()).hexdigest()
+        self.hash = hashlib.sha256(f"{tokenizer.eos_token_id} {serialized}".encode()).hexdigest()
         """SHA-256 of what defines the ids."""
         self.vocab_size = len(tokenizer)
         """Ids, special tokens included."""
@@ -104,7 +107,7 @@ class Encoder:
         self._reference = Tokenizer.from_str(serialized)
         self._reference.no_padding()
         self._reference.no_truncation()
-        self._tiktoken = _build_tiktoken(state)
+        self._tiktoken = _build_tiktoken(state, self._reference)
         if self._tiktoken and self._tiktoken.encode_ordinary(_PROBE) != self._reference.encode(_PROBE).ids:
             self._tiktoken = None
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
@@ -117,13 +120,22 @@ class Encoder:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Each document as an array of ids, the end-of-text token in front."""
         if self._tiktoken:
-            ids = [self._tiktoken.encode_ordinary(text) for text in texts]
+            ids = [self._encode_fast(text) for text in texts]
         else:
             ids = [e.ids for e in self._reference.encode_batch_fast(texts, add_special_tokens=False)]
         return [np.array([self.end_of_text, *document], dtype=self.dtype) for document in ids]
 
+    def _encode_fast(self, text: str) -> list[int]:
+        try:
+            return self._tiktoken.encode_ordinary(text)
+        except BaseException as error:
+            # A million characters of white space overflow the stack of tiktoken's regex. pyo3's panic is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            return self._reference.encode(text, add_special_tokens=False).ids
 
-def _build_tiktoken(state: dict):
+
+def _build_tiktoken(state: dict, reference: Tokenizer):
     """A tiktoken Encoding with the ids of a serialized `tokenizers` byte-level BPE, or None if it is not one."""
     import tiktoken
 
@@ -151,6 +163,10 @@ def _build_tiktoken(state: dict):
     # tiktoken merges the pair of lowest id first: that is the order of the merges only if ids rise along them.
     merge_ids = [vocab["".join(pair)] for pair in merges]
     if len(tokens) != 256 + len(merges) or merge_ids != sorted(merge_ids):
+        return None
+    # It also looks up a whole piece at first, and merges any pair that makes a token: the same only if every token is what
+    # the merges make of it.
+    if any(len(reference.model.tokenize(token)) != 1 for token in tokens):
         return None
     return tiktoken.Encoding(
         "byte-level-bpe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from recipe import checkpoint
 from recipe.config import Config, ConfigError
 from recipe.data.corpus import Corpus, open_corpora
 from recipe.data.stream import RowStream
-from recipe.data.validation import check_length, hold_out, read_validation_rows
+from recipe.data.validation import LARGEST_SHARE, check_length, hold_out, read_validation_rows
 from recipe.engine import Distributed, Engine, StepResult, make_engine, resolve_precision
 from recipe.files import write_json
 from recipe.model import build_model, continue_text
@@ -113,7 +114,9 @@ class Run:
         self.encoder = Encoder(self.tokenizer)
         self.validation_rows, training = self._split_validation(training, validation)
         self.say(
-            distributed.on_main(check_length, training, self.encoder, self.plan.total_tokens, config.max_epochs)
+            distributed.on_main(
+                check_length, training, self.encoder, config.sequence_length, self.plan.total_tokens, config.max_epochs
+            )
             + f"; {self.validation_rows.shape[0] * config.sequence_length:,} validation tokens"
         )
         start = self._find_checkpoint()
@@ -131,6 +134,10 @@ class Run:
             )
         except ValueError as error:
             raise ConfigError(f"data: {error}; restore the data, or start a new run in another output_dir") from error
+        if state and state["validation_rows"] != self._validation_hash():
+            raise ConfigError(
+                "validation_data: the text differs from what the run began with; restore it, or name another output_dir"
+            )
         model = build_model(config, self.encoder.vocab_size, self.encoder.end_of_text)
         self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
         self.best_val_loss = float("inf")
@@ -156,20 +163,20 @@ class Run:
             f"{'tiktoken' if self.encoder.is_fast else 'tokenizers'}, {self.stream.num_shards} virtual shards"
         )
 
-    def _obtain_tokenizer(self, training: Corpus, held_out: bool):
+    def _obtain_tokenizer(self, training: Corpus, hold_out_part: bool):
         saved = self.folder.cache / "tokenizer"
         if saved.is_dir():
             return load_tokenizer(str(saved))
         if not self.config.tokenizer.startswith("train:"):
             return load_tokenizer(self.config.tokenizer)
-        # The units that validation may take stay unseen.
-        units = training.units[max(1, len(training.units) // 20) :] if held_out else training.units
+        # What may be held out for validation stays unseen.
+        held_out = training.text_bytes // LARGEST_SHARE if hold_out_part else 0
         texts, size = [], 0
-        for unit in units:
-            for text in training.read(unit):
+        for text in (text for unit in training.units for text in training.read(unit)):
+            size += len(text.encode("utf-8", "surrogatepass"))
+            if size > held_out:
                 texts.append(text)
-                size += len(text)
-            if size > TOKENIZER_TRAINING_BYTES:
+            if size > held_out + TOKENIZER_TRAINING_BYTES:
                 break
         if not texts:
             raise ConfigError(f"tokenizer: {training.name} is too small to train a tokenizer on; name one instead")
@@ -177,15 +184,15 @@ class Run:
 
     def _split_validation(self, training: Corpus, validation: Corpus | None) -> tuple[np.ndarray, Corpus]:
         config = self.config
-        if validation is not None:
-            rows, _ = self.distributed.on_main(
-                read_validation_rows, validation, self.encoder, config.sequence_length, config.validation_tokens
-            )
-            return rows, training
-        rows, training, _ = self.distributed.on_main(
-            hold_out, training, self.encoder, config.sequence_length, config.validation_tokens
+        if validation is None:
+            return self.distributed.on_main(hold_out, training, self.encoder, config.sequence_length, config.validation_tokens)
+        rows = self.distributed.on_main(
+            read_validation_rows, validation, self.encoder, config.sequence_length, config.validation_tokens
         )
         return rows, training
+
+    def _validation_hash(self) -> str:
+        return hashlib.sha256(self.validation_rows.tobytes()).hexdigest()
 
     def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
         if self.config.resume == "none":
@@ -340,6 +347,7 @@ class Run:
             "tokens": step * self.plan.tokens_per_step,
             "data": data,
             "best_val_loss": self.best_val_loss,
+            "validation_rows": self._validation_hash(),
             "ranks": self.plan.num_processes,
             "engine": type(self.engine).__name__,
             "precision": self.precision,

@@ -136,7 +136,8 @@ def test_units_without_documents_are_passed_over(tmp_path):
 
 
 def test_shard_without_documents_gives_no_rows_in_any_epoch(tmp_path):
-    corpus = open_training(write_parquet(tmp_path / "a.parquet", [None, "", "0 5"], group=2)).slice(0, 1)
+    corpus = open_training(write_parquet(tmp_path / "a.parquet", [None, "", "0 5"], group=2))
+    corpus = corpus.with_units(corpus.units[:1])
     assert read_all(corpus) == []
     packer = make_packer(corpus, 2)
     assert [packer.fill(1, epoch) for epoch in range(5)] == [0] * 5
@@ -144,7 +145,9 @@ def test_shard_without_documents_gives_no_rows_in_any_epoch(tmp_path):
 
 @pytest.mark.parametrize("order", [in_order, backwards])
 @pytest.mark.parametrize("length", [1, 3, 8, 50])
-def test_a_new_packer_goes_on_from_any_cursor(corpus, monkeypatch, order, length):
+@pytest.mark.parametrize("group", [4, 20])
+def test_a_new_packer_goes_on_from_any_cursor(tmp_path, monkeypatch, order, length, group):
+    corpus = numbered_corpus(tmp_path, [*LENGTHS, [2] * 19], group)
     monkeypatch.setattr(packing, "SHUFFLE_WINDOW", 2)
     monkeypatch.setattr(packing, "ENCODE_CHUNK", 3)
     whole = list(take_all(make_packer(corpus, length, order), epochs=2))

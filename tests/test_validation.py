@@ -44,7 +44,7 @@ def encoder() -> Encoder:
 @pytest.mark.parametrize("max_tokens", [8, 9, 15, 16, 40, 92, 95, 96, 1000])
 def test_rows_are_the_first_tokens_and_overlap_by_one(tmp_path, max_tokens):
     corpus = numbered_corpus(tmp_path, [[30, 1, 2, 40], [20]])
-    rows, _ = read_validation_rows(corpus, NumberEncoder(), LENGTH, max_tokens)
+    rows = read_validation_rows(corpus, NumberEncoder(), LENGTH, max_tokens)
     count = min(max_tokens, 30 + 1 + 2 + 40 + 20 - 1) // LENGTH
     assert rows.tolist() == [list(range(n * LENGTH, n * LENGTH + LENGTH + 1)) for n in range(count)]
     assert rows.shape[0] * LENGTH <= max_tokens
@@ -55,23 +55,26 @@ def test_rows_are_the_first_tokens_and_overlap_by_one(tmp_path, max_tokens):
 def test_rows_of_a_real_tokenizer_are_the_text_with_end_of_text_in_front(tmp_path, encoder):
     texts = random_texts(40, (5, 30))
     corpus = open_training(write_parquet(tmp_path / "a.parquet", texts, group=7))
-    rows, units = read_validation_rows(corpus, encoder, LENGTH, 10**6)
+    rows = read_validation_rows(corpus, encoder, LENGTH, 10**6)
     tokens = np.concatenate(encoder.encode(texts))
     count = (len(tokens) - 1) // LENGTH
     assert np.concatenate([rows[0, :1], rows[:, 1:].ravel()]).tolist() == tokens[: count * LENGTH + 1].tolist()
-    assert units == 6
 
 
-@pytest.mark.parametrize("max_tokens, units", [(8, 1), (11, 1), (12, 2), (23, 2), (24, 3), (10_000, 5)])
-def test_no_more_units_are_read_than_the_rows_need(tmp_path, max_tokens, units):
-    """A unit has 12 tokens; a row's last target needs one token more than the targets."""
+@pytest.mark.parametrize("max_tokens, units", [(8, 2), (11, 2), (12, 2), (23, 3), (24, 3), (10_000, 5)])
+def test_no_more_units_are_read_than_the_rows_need(tmp_path, monkeypatch, max_tokens, units):
+    """A unit has 12 tokens; a row's last target needs one token more than the targets, and the next document ends it."""
     corpus = numbered_corpus(tmp_path, [[5, 7] * 5], group=2)
-    assert read_validation_rows(corpus, NumberEncoder(), 4, max_tokens)[1] == units
+    seen = []
+    read = corpus.read
+    monkeypatch.setattr(corpus, "read", lambda unit: seen.append(unit) or read(unit))
+    read_validation_rows(corpus, NumberEncoder(), 4, max_tokens)
+    assert len(seen) == units
 
 
 def test_text_of_a_row_exactly(tmp_path):
     corpus = numbered_corpus(tmp_path, [[LENGTH + 1]])
-    assert read_validation_rows(corpus, NumberEncoder(), LENGTH, 100)[0].tolist() == [list(range(LENGTH + 1))]
+    assert read_validation_rows(corpus, NumberEncoder(), LENGTH, 100).tolist() == [list(range(LENGTH + 1))]
 
 
 def test_text_below_a_row_is_refused(tmp_path):
@@ -86,7 +89,6 @@ def test_text_without_documents_is_refused(tmp_path):
         read_validation_rows(corpus, NumberEncoder(), LENGTH, 100)
 
 
-# BUG: the message says that the text is too short; the remedy is validation_tokens, which it does not name.
 def test_validation_tokens_below_a_row_are_the_ones_to_blame(tmp_path):
     corpus = numbered_corpus(tmp_path, [[1000]])
     with pytest.raises(ConfigError) as caught:
@@ -101,33 +103,41 @@ def tokens_of(texts: list[str]) -> set[int]:
     return {token for ids in NumberEncoder().encode(texts) for token in ids.tolist()}
 
 
-@pytest.mark.parametrize("units, max_tokens", [(20, 10**6), (39, 10**6), (40, 10**6), (100, 10**6), (100, 20), (100, 33)])
-def test_held_out_units_are_the_first_and_not_trained_on(tmp_path, units, max_tokens):
-    corpus = numbered_corpus(tmp_path, [[5, 7] * units], group=2)
-    rows, training, held_out = hold_out(corpus, NumberEncoder(), LENGTH, max_tokens)
-    assert 1 <= held_out <= units / 20
-    assert held_out == min(units // 20, max_tokens // 12 + 1)
-    assert training.units == corpus.units[held_out:]
-    assert not set(rows.ravel().tolist()) & tokens_of(read_all(training))
-    assert tokens_of(read_all(training)) | set(range(held_out * 12)) == tokens_of(read_all(corpus))
-    assert rows[0, 0] == 0
-    assert rows.shape[0] * LENGTH <= max_tokens
+@pytest.mark.parametrize("group", [1, 2, 7, 400])
+@pytest.mark.parametrize("max_tokens", [10**6, 60, 23, 10])
+def test_held_out_documents_are_the_first_and_not_trained_on(tmp_path, group, max_tokens):
+    corpus = numbered_corpus(tmp_path, [[5, 7] * 200], group=group)
+    rows, training = hold_out(corpus, NumberEncoder(), LENGTH, max_tokens)
+    documents, kept = read_all(corpus), read_all(training)
+    held_out = documents[: len(documents) - len(kept)]
+    assert documents[len(held_out) :] == kept
+    assert sum(len(text.encode()) for text in held_out) <= corpus.text_bytes / 20
+    assert not set(rows.ravel().tolist()) & tokens_of(kept)
+    # As many documents as the rows need, and no document more.
+    lengths = [len(tokens) for tokens in NumberEncoder().encode(held_out)]
+    assert sum(lengths[:-1]) <= max_tokens
+    assert rows[0, 0] == 0 and rows.shape[0] * LENGTH <= max_tokens
+    assert training.text_bytes < corpus.text_bytes
 
 
-# BUG: of a text of 2 units, half is held out; 20 units are needed for what config.py promises.
-@pytest.mark.parametrize("units", (2, 10))
+@pytest.mark.parametrize("units", (1, 2, 10))
 def test_at_most_a_twentieth_of_the_text_is_held_out(tmp_path, units):
     corpus = numbered_corpus(tmp_path, [[5] * 400], group=400 // units)
     assert len(corpus.units) == units
-    _, training, _ = hold_out(corpus, NumberEncoder(), LENGTH, 10**6)
-    assert len(read_all(training)) >= 380
+    _, training = hold_out(corpus, NumberEncoder(), LENGTH, 10**6)
+    size, kept = (sum(len(text) for text in read_all(c)) for c in (corpus, training))
+    assert 0.92 < kept / size < 0.97  # of documents of 5 bytes, whose sizes in parquet are estimated
+
+
+def test_held_out_part_is_in_the_fingerprint(tmp_path):
+    corpus = numbered_corpus(tmp_path, [[5] * 400], group=400)
+    fingerprints = [hold_out(corpus, NumberEncoder(), LENGTH, n)[1].fingerprint for n in (10, 60)]
+    assert fingerprints[0] != fingerprints[1] != corpus.fingerprint
 
 
 def test_held_out_validation_text_is_too_small(tmp_path):
-    with pytest.raises(ConfigError, match="^validation_data: .* too small to hold out a part of it; give validation_data"):
+    with pytest.raises(ConfigError, match="a twentieth of the training text.*less than a row of 8; give validation_data"):
         hold_out(numbered_corpus(tmp_path / "one", [[100]]), NumberEncoder(), LENGTH, 100)
-    with pytest.raises(ConfigError, match="gives 3 tokens for validation, less than a row of 8; give validation_data"):
-        hold_out(numbered_corpus(tmp_path / "two", [[3, 100]], group=1), NumberEncoder(), LENGTH, 100)
 
 
 # --- how much text there is ---------------------------------------------------------------------------------------
@@ -164,8 +174,6 @@ TEXTS = {
 }
 
 
-# BUG: in parquet, text_bytes counts 4 bytes of length to a document, and a document that is repeated once; in .jsonl.gz it
-# takes what gzip has read ahead for what it has unpacked (from Python 3.12 on, by far worse).
 @pytest.mark.parametrize("texts", TEXTS)
 @pytest.mark.parametrize("name", WRITERS)
 def test_estimate_is_within_a_tenth(tmp_path, encoder, monkeypatch, name, texts):
@@ -189,7 +197,7 @@ def test_estimate_reads_few_units(tmp_path, encoder, monkeypatch):
 
 
 def check_numbers(corpus: Corpus, planned_tokens: int, max_epochs: int) -> str:
-    return check_length(corpus, NumberEncoder(), planned_tokens, max_epochs)
+    return check_length(corpus, NumberEncoder(), LENGTH, planned_tokens, max_epochs)
 
 
 def test_length_within_the_text_says_how_much_there_is(tmp_path):
@@ -213,9 +221,9 @@ def test_length_beyond_the_text_names_the_epochs_that_it_takes(tmp_path, planned
 def test_estimated_length_is_said_to_be_about(tmp_path, encoder, monkeypatch):
     monkeypatch.setattr(validation, "EXACT_COUNT_BYTES", 0)
     corpus = open_training(write_parquet(tmp_path / "a.parquet", random_texts(100, (20, 50))))
-    assert check_length(corpus, encoder, 10, 1).startswith("about ")
+    assert check_length(corpus, encoder, LENGTH, 10, 1).startswith("about ")
     with pytest.raises(ConfigError, match="holds about "):
-        check_length(corpus, encoder, 10**9, 1)
+        check_length(corpus, encoder, LENGTH, 10**9, 1)
 
 
 def test_no_text_to_train_on_is_refused(tmp_path):
@@ -224,8 +232,6 @@ def test_no_text_to_train_on_is_refused(tmp_path):
         check_numbers(corpus, 10, 1)
 
 
-# BUG: what is left over at the end of the last epoch, up to a row of each of up to 64 shards, is counted as if it could be
-# trained on; such a run is admitted and ends in an error at its last steps.
 @pytest.mark.parametrize("epochs", (1, 2))
 def test_a_run_that_is_admitted_does_not_run_out_of_text(tmp_path, epochs):
     corpus = open_training(write_parquet(tmp_path / "a.parquet", numbered_documents([50] * 80), group=5))

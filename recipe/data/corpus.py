@@ -7,15 +7,18 @@ from the documentation of the installed packages.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import glob
+from itertools import islice
 from pathlib import Path
 
 from recipe.config import INSTALLED_DOCS, ConfigError
@@ -48,7 +51,9 @@ class Unit:
     end: int
     """Row group after it, or byte after the last."""
     text_bytes: int
-    """UTF-8 bytes of its text; an estimate except for parquet."""
+    """UTF-8 bytes of its text, about."""
+    skip: int = 0
+    """Documents at its beginning that are held out for validation."""
 
 
 @dataclass
@@ -71,35 +76,42 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> dict:
-        """What the corpus is, as JSON: its name and its files with sizes in bytes."""
+        """What the corpus is, as JSON: its files with sizes in bytes, wherever they lie, and its units."""
         return {
-            "name": self.name,
+            "name": self.name if self.remote else None,
             "files": [
                 [file if self.remote else Path(file).name, size] for file, size in zip(self.files, self.sizes, strict=True)
             ],
             "text_column": self.text_column,
             "units": len(self.units),
+            "held_out": self.units[0].skip if self.units else 0,
         }
 
-    def slice(self, start: int, stop: int | None) -> Corpus:
-        """The same files with only the units [start, stop)."""
-        return Corpus(self.name, self.files, self.sizes, self.units[start:stop], self.text_column, self.remote, self.footers)
+    def with_units(self, units: list[Unit]) -> Corpus:
+        """The same files with these units."""
+        return Corpus(self.name, self.files, self.sizes, units, self.text_column, self.remote, self.footers)
 
     def read(self, unit: Unit) -> Iterator[str]:
-        """The documents of a unit, in the order of the file; empty ones are left out.
+        """The documents of a unit, in the order of the file, without the held-out and the empty ones.
 
         Raises:
             DataError: naming the file, if it cannot be read.
         """
         path = self.files[unit.file]
         try:
-            for document in _READERS[_format(path)](self, unit):
-                if document:
-                    yield document
+            yield from islice(self._documents(unit), unit.skip, None)
         except DataError:
             raise
         except Exception as error:  # pyarrow, gzip, json and the network raise a dozen types; the remedy is one
             raise DataError(f"cannot read {path}: {_first_line(error)}") from error
+
+    def _documents(self, unit: Unit) -> Iterator[str]:
+        path = self.files[unit.file]
+        for document in _READERS[_format(path)](self, unit):
+            if document is not None and not isinstance(document, str):
+                raise DataError(f"cannot read {path}: {self.text_column} holds {type(document).__name__}, not text")
+            if document:
+                yield document
 
     def open(self, file: int):
         """The file as a binary, seekable object."""
@@ -213,7 +225,7 @@ def _resolve_hub(data: str, name: str) -> dict[str, list[str]]:
 def _local_files(data: str) -> list[str]:
     path = os.path.expanduser(data)
     if os.path.isdir(path):
-        found = [str(p) for p in Path(path).rglob("*")]
+        found = [str(p) for p in Path(path).rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
     elif os.path.isfile(path):
         found = [path]
     else:
@@ -261,6 +273,7 @@ def _open(name: str, files: list[str], text_column: str, config_field: str) -> C
 
 
 def _parquet_units(corpus: Corpus, file: int) -> list[Unit]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with corpus.open(file) as handle:
@@ -272,8 +285,14 @@ def _parquet_units(corpus: Corpus, file: int) -> list[Unit]:
         )
     corpus.footers[file] = footer
     column = columns.index(corpus.text_column)
+    kind = footer.schema.to_arrow_schema().field(corpus.text_column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise ConfigError(f"{corpus.files[file]}: {corpus.text_column} does not hold text; set text_column to another column")
     groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
-    return [Unit(file, g, g + 1, r.column(column).total_uncompressed_size) for g, r in enumerate(groups) if r.num_rows]
+    # Each value has its length, 4 bytes, in front.
+    sizes = [max(0, group.column(column).total_uncompressed_size - 4 * group.num_rows) for group in groups]
+    return [Unit(file, g, g + 1, size) for g, size in enumerate(sizes) if groups[g].num_rows]
 
 
 def _read_parquet(corpus: Corpus, unit: Unit) -> Iterator[str]:
@@ -299,7 +318,9 @@ def _jsonl_units(corpus: Corpus, file: int) -> list[Unit]:
 def _jsonl_gz_units(corpus: Corpus, file: int) -> list[Unit]:
     with corpus.open(file) as raw, gzip.open(raw) as handle:
         share = _text_share(corpus, corpus.files[file], handle)
-        expansion = handle.tell() / max(1, raw.tell())
+        raw.seek(0)
+        head, inflate = raw.read(1 << 20), zlib.decompressobj(wbits=31)
+        expansion = len(inflate.decompress(head)) / max(1, len(head) - len(inflate.unused_data))
     size = corpus.sizes[file]
     return [Unit(file, 0, size, int(share * expansion * size))] if size else []
 
@@ -336,13 +357,17 @@ def _parse_line(corpus: Corpus, path: str, line: bytes) -> str | None:
     if not isinstance(record, dict) or corpus.text_column not in record:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ConfigError(f"{path} has no key {corpus.text_column}; set text_column to one of {keys}")
-    return record[corpus.text_column]
+    text = record[corpus.text_column]
+    if isinstance(text, str) and b"\\u" in line:
+        # Half a surrogate pair, which is no text, becomes U+FFFD.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _txt_units(corpus: Corpus, file: int) -> list[Unit]:
     size = corpus.sizes[file]
     with corpus.open(file) as handle:
-        handle.read(4096).decode("utf-8", "strict" if size <= 4096 else "ignore")
+        codecs.getincrementaldecoder("utf-8")().decode(handle.read(4096), final=size <= 4096)
     return [
         Unit(file, start, min(start + TXT_UNIT_BYTES, size), min(TXT_UNIT_BYTES, size - start))
         for start in range(0, size, TXT_UNIT_BYTES)
@@ -358,14 +383,16 @@ def _read_txt(corpus: Corpus, unit: Unit) -> Iterator[str]:
 
 
 def _next_paragraph(handle: io.BufferedIOBase, position: int) -> int:
-    """The first byte after an empty line at or after `position`; 0 stays 0."""
+    """The first byte after an empty line at or after `position`, or, if none comes within a unit, after the line; 0 stays 0."""
     if not position:
         return 0
     handle.seek(position - 1)
     handle.readline()
-    while (line := handle.readline()) and line.strip():
-        pass
-    return handle.tell()
+    line_end = handle.tell()
+    while handle.tell() <= position + TXT_UNIT_BYTES:
+        if not handle.readline().strip():
+            return handle.tell()
+    return line_end
 
 
 def _first_line(error: Exception) -> str:

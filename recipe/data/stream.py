@@ -9,7 +9,7 @@ its shard as long as the ranks divide the shards and no shard has ended; otherwi
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Protocol
 
@@ -43,6 +43,11 @@ class OneRank:
         return values
 
 
+def number_of_shards(corpus: Corpus) -> int:
+    """The largest power of two within MAX_SHARDS and the corpus's units."""
+    return 1 << (max(1, min(MAX_SHARDS, len(corpus.units))).bit_length() - 1)
+
+
 class RowStream:
     """Batches of rows for one rank.
 
@@ -70,9 +75,7 @@ class RowStream:
         self._corpus, self._seed, self._max_epochs = corpus, seed, max_epochs
         self._length, self._dtype = sequence_length, encoder.dtype
         self._exchange = exchange or OneRank()
-        self.num_shards = 1
-        while self.num_shards * 2 <= min(MAX_SHARDS, len(corpus.units)):
-            self.num_shards *= 2
+        self.num_shards = number_of_shards(corpus)
         self.fingerprint = {
             **corpus.fingerprint,
             "tokenizer": encoder.hash,
@@ -122,8 +125,8 @@ class RowStream:
     def state(self) -> dict:
         """Where the stream stands after the batches taken so far, as JSON; every rank must call."""
         cursors = np.zeros((self.num_shards, 4), dtype=np.int64)
-        for future in self._filling:
-            future.result()
+        # A fault in what was read ahead is raised, on every rank, by the next batch.
+        wait(self._filling)
         for shard, packer in self._packers.items():
             cursors[shard] = list(asdict(packer.cursor).values())
         cursors = self._exchange.sum(cursors)

@@ -3,76 +3,112 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
 from recipe.config import ConfigError
 from recipe.data.corpus import Corpus
+from recipe.data.stream import number_of_shards
 from recipe.tokenizer import Encoder
 
 LARGEST_SHARE = 20
-"""Held out from the training text, the validation set is at most one unit in twenty."""
+"""Held out from the training text, the validation set is at most a twentieth of it."""
 EXACT_COUNT_BYTES = 8 << 20
 """Text up to this size is counted exactly, in a second or two; larger text is estimated from a sample."""
+_CHUNK = 64
+"""Documents encoded at a time."""
 
 
-def read_validation_rows(
-    corpus: Corpus, encoder: Encoder, sequence_length: int, max_tokens: int, max_units: int | None = None
-) -> tuple[np.ndarray, int]:
-    """Rows of the first documents of `corpus`, and the number of units that they took.
+def read_validation_rows(corpus: Corpus, encoder: Encoder, sequence_length: int, max_tokens: int) -> np.ndarray:
+    """Rows of the first documents of `corpus`.
 
     Returns:
-        rows [rows, sequence_length + 1], overlapping by one token, with at most `max_tokens` targets; and the units read.
+        rows [rows, sequence_length + 1], overlapping by one token, with at most `max_tokens` targets.
     Raises:
         ConfigError: if the text does not fill a row.
     """
-    parts: list[np.ndarray] = []
-    units = total = 0
-    for unit in corpus.units[:max_units]:
-        if total > max_tokens:
-            break
-        parts += encoder.encode(list(corpus.read(unit)))
-        total = sum(len(part) for part in parts)
-        units += 1
-    tokens = np.concatenate(parts) if parts else np.zeros(0, dtype=encoder.dtype)
-    count = (min(len(tokens) - 1, max_tokens)) // sequence_length
-    if count < 1:
+    return _take_rows(corpus, encoder, sequence_length, max_tokens, None)[0]
+
+
+def hold_out(training: Corpus, encoder: Encoder, sequence_length: int, max_tokens: int) -> tuple[np.ndarray, Corpus]:
+    """Validation rows from the first documents of the training text, and the text without these documents.
+
+    Raises:
+        ConfigError: if a twentieth of the text does not fill a row.
+    """
+    limit = training.text_bytes // LARGEST_SHARE
+    rows, unit, documents, text_bytes = _take_rows(training, encoder, sequence_length, max_tokens, limit)
+    rest = list(training.units[unit:])
+    if documents:
+        rest[0] = replace(rest[0], skip=documents, text_bytes=max(0, rest[0].text_bytes - text_bytes))
+    return rows, training.with_units(rest)
+
+
+def _take_rows(
+    corpus: Corpus, encoder: Encoder, sequence_length: int, max_tokens: int, max_bytes: int | None
+) -> tuple[np.ndarray, int, int, int]:
+    """Rows of the first documents, and where they end: the unit, and in it the documents and bytes that were taken."""
+    if max_tokens < sequence_length:
         raise ConfigError(
-            f"validation_data: {corpus.name} gives {len(tokens)} tokens for validation, less than a row of "
+            f"validation_tokens: {max_tokens} are less than a row of {sequence_length}; raise validation_tokens, or lower "
+            "sequence_length"
+        )
+    parts: list[np.ndarray] = []
+    total = taken_bytes = 0
+    end = (len(corpus.units), 0, 0)
+    for index, unit in enumerate(corpus.units):
+        documents = unit_bytes = 0
+        texts = corpus.read(unit)
+        while chunk := list(islice(texts, _CHUNK)):
+            for text, tokens in zip(chunk, encoder.encode(chunk), strict=True):
+                size = len(text.encode("utf-8", "surrogatepass"))
+                if total > max_tokens or (max_bytes is not None and taken_bytes + size > max_bytes):
+                    end = (index, documents, unit_bytes)
+                    break
+                parts.append(tokens)
+                total += len(tokens)
+                taken_bytes += size
+                unit_bytes += size
+                documents += 1
+            else:
+                continue
+            break
+        else:
+            continue
+        break
+    count = (min(total - 1, max_tokens)) // sequence_length
+    if count < 1:
+        held_out = "" if max_bytes is None else " (a twentieth of the training text)"
+        raise ConfigError(
+            f"validation_data: {corpus.name} gives {total} tokens for validation{held_out}, less than a row of "
             f"{sequence_length}; give validation_data, or lower sequence_length"
         )
-    tokens = tokens[: count * sequence_length + 1]
+    tokens = np.concatenate(parts)[: count * sequence_length + 1]
     windows = np.lib.stride_tricks.sliding_window_view(tokens, sequence_length + 1)[::sequence_length]
-    return np.ascontiguousarray(windows), units
-
-
-def hold_out(training: Corpus, encoder: Encoder, sequence_length: int, max_tokens: int) -> tuple[np.ndarray, Corpus, int]:
-    """Validation rows from the first units of the training text, the text without these units, and their number."""
-    if len(training.units) < 2:
-        raise ConfigError(f"validation_data: {training.name} is too small to hold out a part of it; give validation_data")
-    limit = max(1, len(training.units) // LARGEST_SHARE)
-    rows, units = read_validation_rows(training, encoder, sequence_length, max_tokens, limit)
-    return rows, training.slice(units, None), units
+    return np.ascontiguousarray(windows), *end
 
 
 def count_tokens(corpus: Corpus, encoder: Encoder) -> tuple[int, bool]:
     """Tokens of an epoch, and whether that is exact rather than estimated from a sample of the units."""
     exact = corpus.text_bytes <= EXACT_COUNT_BYTES
     units = corpus.units if exact else corpus.units[:: max(1, len(corpus.units) // 8)][:8]
-    tokens = text_bytes = 0
+    tokens, unit_bytes = 0.0, 0
     for unit in units:
         texts = list(corpus.read(unit))
-        if not exact:
-            texts = texts[:200]
-        tokens += sum(len(ids) for ids in encoder.encode(texts))
-        text_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        sample = texts if exact else texts[:: max(1, len(texts) // 200)]
+        tokens += sum(len(ids) for ids in encoder.encode(sample)) * len(texts) / max(1, len(sample))
+        unit_bytes += unit.text_bytes
     if exact:
-        return tokens, True
-    return int(corpus.text_bytes * tokens / max(1, text_bytes)), False
+        return int(tokens), True
+    return int(corpus.text_bytes * tokens / max(1, unit_bytes)), False
 
 
-def check_length(corpus: Corpus, encoder: Encoder, planned_tokens: int, max_epochs: int) -> str:
+def check_length(corpus: Corpus, encoder: Encoder, sequence_length: int, planned_tokens: int, max_epochs: int) -> str:
     """A line that says how much text there is for the run.
+
+    Each shard may leave over less than a row at the end, and its first token is no target.
 
     Raises:
         ConfigError: if the run is longer than `max_epochs` passes over the text.
@@ -82,9 +118,12 @@ def check_length(corpus: Corpus, encoder: Encoder, planned_tokens: int, max_epoc
         raise ConfigError(f"data: {corpus.name} holds no text to train on")
     epochs = planned_tokens / tokens
     about = "" if exact else "about "
-    if epochs > max_epochs:
+    left_over = number_of_shards(corpus) * sequence_length
+    if planned_tokens > tokens * max_epochs - left_over:
+        needed = math.ceil((planned_tokens + left_over) / tokens)
         raise ConfigError(
             f"max_epochs: the run takes {planned_tokens:,} tokens and {corpus.name} holds {about}{tokens:,}: that is "
-            f"{epochs:.2f} epochs and max_epochs is {max_epochs}; set --max_epochs {math.ceil(epochs)}, or train fewer tokens"
+            f"{epochs:.2f} epochs, of which {left_over:,} tokens may be left over, and max_epochs is {max_epochs}; set "
+            f"--max_epochs {needed}, or train fewer tokens"
         )
     return f"{about}{tokens:,} training tokens an epoch, {epochs:.2f} epochs planned"
