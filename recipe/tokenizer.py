@@ -91,6 +91,9 @@ class Encoder:
     Special tokens in the text are text: a document that contains `<|endoftext|>` does not end there.
     """
 
+    chunk = 16
+    """Documents to encode at a time: about 11,000 tokens of FineWeb, so that the first batch waits for little."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         from tokenizers import Tokenizer
 

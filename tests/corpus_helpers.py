@@ -45,6 +45,7 @@ class NumberEncoder:
 
     dtype = np.uint32
     hash = "numbers"
+    chunk = 16
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.arange(start, start + length, dtype=self.dtype) for start, length in (map(int, t.split()) for t in texts)]

@@ -10,7 +10,7 @@ import pytest
 from corpus_helpers import NumberEncoder, numbered_corpus, open_training, read_all, write_jsonl, write_parquet
 from recipe.data import packing
 from recipe.data.corpus import Corpus, Unit
-from recipe.data.packing import ENCODE_CHUNK, Cursor, ShardPacker
+from recipe.data.packing import Cursor, ShardPacker
 from recipe.tokenizer import Encoder, train_tokenizer
 
 
@@ -29,8 +29,7 @@ def make_packer(corpus: Corpus, length: int, order=in_order, cursor: Cursor | No
 def take_all(packer: ShardPacker, epochs: int = 1, at_once: int = 1) -> Iterator[list[int]]:
     for epoch in range(epochs):
         while count := packer.fill(at_once, epoch):
-            for _ in range(count):
-                yield packer.take().tolist()
+            yield from packer.take(count).tolist()
 
 
 def chain(rows: list[list[int]]) -> list[int]:
@@ -76,7 +75,7 @@ def test_rows_of_a_real_tokenizer_are_the_documents_with_end_of_text_in_front(tm
 def test_row_has_the_encoders_type(corpus):
     packer = make_packer(corpus, 5)
     packer.fill(1, 0)
-    assert packer.take().dtype == np.uint32
+    assert packer.take(1).dtype == np.uint32
 
 
 def test_what_an_epoch_leaves_over_begins_the_next(corpus):
@@ -88,14 +87,14 @@ def test_what_an_epoch_leaves_over_begins_the_next(corpus):
 def test_leftovers_of_texts_shorter_than_a_row_add_up(tmp_path):
     packer = make_packer(numbered_corpus(tmp_path, [[5]]), 12)
     assert [packer.fill(1, epoch) for epoch in range(3)] == [0, 0, 1]
-    assert packer.take().tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2]
+    assert packer.take(1)[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2]
 
 
 def test_fill_promises_what_take_gives_and_no_more_than_asked(corpus):
     packer = make_packer(corpus, 4)
     assert packer.fill(2, 0) == 2
     assert packer.fill(3, 0) == 3
-    first = packer.take().tolist()
+    first = packer.take(1)[0].tolist()
     assert first == [0, 1, 2, 3, 4]
     assert packer.fill(10_000, 0) == (TOTAL - 1) // 4 - 1
 
@@ -105,7 +104,7 @@ def test_filling_ahead_moves_neither_cursor_nor_rows(corpus):
     eager.fill(10_000, 0)
     for _ in range((TOTAL - 1) // 4):
         lazy.fill(1, 0)
-        assert eager.take().tolist() == lazy.take().tolist()
+        assert eager.take(1).tolist() == lazy.take(1).tolist()
         assert eager.cursor == lazy.cursor
 
 
@@ -123,7 +122,9 @@ def test_documents_are_shuffled_within_windows_of_a_unit(tmp_path, monkeypatch):
     assert seen == [(0, 0, 0, 3), (0, 0, 1, 2), (0, 1, 0, 3), (0, 1, 1, 1)]
 
 
-@pytest.mark.parametrize("documents", [ENCODE_CHUNK - 1, ENCODE_CHUNK, ENCODE_CHUNK + 1, 2 * ENCODE_CHUNK])
+@pytest.mark.parametrize(
+    "documents", [NumberEncoder.chunk - 1, NumberEncoder.chunk, NumberEncoder.chunk + 1, 2 * NumberEncoder.chunk]
+)
 def test_units_of_about_a_chunk_lose_nothing(tmp_path, documents):
     corpus = numbered_corpus(tmp_path, [[2] * documents * 3], group=documents)
     assert chain(list(take_all(make_packer(corpus, 1), epochs=2))) == [*range(documents * 6)] * 2
@@ -149,7 +150,7 @@ def test_shard_without_documents_gives_no_rows_in_any_epoch(tmp_path):
 def test_a_new_packer_goes_on_from_any_cursor(tmp_path, monkeypatch, order, length, group):
     corpus = numbered_corpus(tmp_path, [*LENGTHS, [2] * 19], group)
     monkeypatch.setattr(packing, "SHUFFLE_WINDOW", 2)
-    monkeypatch.setattr(packing, "ENCODE_CHUNK", 3)
+    monkeypatch.setattr(NumberEncoder, "chunk", 3)
     whole = list(take_all(make_packer(corpus, length, order), epochs=2))
     rng = random.Random(length)
     packer, rows, epoch = make_packer(corpus, length, order), [], 0
@@ -160,7 +161,7 @@ def test_a_new_packer_goes_on_from_any_cursor(tmp_path, monkeypatch, order, leng
             assert packer.cursor == position
         wanted = rng.randrange(1, 4)
         count = packer.fill(wanted, epoch)
-        rows += [packer.take().tolist() for _ in range(count)]
+        rows += packer.take(count).tolist() if count else []
         epoch += count < wanted
     assert rows == whole
 
@@ -171,6 +172,6 @@ def test_cursor_says_where_the_next_row_begins(corpus):
     positions = []
     for _ in range(7):
         packer.fill(1, 0)
-        packer.take()
+        packer.take(1)
         positions.append(packer.cursor)
     assert positions == [Cursor(0, 0, 2, token) for token in (0, 4, 8, 12, 16)] + [Cursor(0, 0, 3, 0), Cursor(0, 0, 3, 4)]

@@ -26,6 +26,7 @@ from corpus_helpers import (
     write_parquet,
 )
 from recipe.data.corpus import Corpus, DataError, Unit
+from recipe.data.order import permutation
 from recipe.data.stream import MAX_SHARDS, RowStream
 from recipe.tokenizer import Encoder, train_tokenizer
 
@@ -204,7 +205,9 @@ def test_leftovers_of_an_epoch_begin_the_next(tmp_path):
 
 def test_rows_of_three_epochs_are_three_times_the_text_less_one_remainder(corpus, reference):
     targets = Counter(token for row in reference for token in row[1:])
-    assert set(targets) == set(range(token_count(corpus)))
+    # A shard's first token of the run is no target; in its last epoch it may be among what is left over.
+    everything = set(range(token_count(corpus)))
+    assert set(targets) <= everything and len(everything - set(targets)) <= 16
     assert max(targets.values()) <= EPOCHS + 1
     assert 16 <= EPOCHS * token_count(corpus) - len(reference) * LENGTH <= 16 * LENGTH
 
@@ -267,7 +270,7 @@ def test_order_is_pinned(tmp_path):
     assert [row[0] // LENGTH for row in rows] == PINNED_ORDER
 
 
-PINNED_ORDER = [8, 1, 3, 4, 7, 6, 0, 2, 5, 3, 1, 7, 2, 5]
+PINNED_ORDER = [7, 5, 3, 6, 1, 0, 4, 8, 2, 7, 1, 2, 6, 5]
 """9 documents of one row in 5 units, hence 4 shards, each of which leaves a row's part over."""
 
 
@@ -278,6 +281,50 @@ def test_epoch_counts_complete_passes(tmp_path):
         stream.next_batch(1)
         seen.append((stream.rows, stream.epoch))
     assert seen == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 1), (7, 1), (8, 1), (9, 2)]
+
+
+def test_permutations_are_functions_of_their_seed_alone():
+    assert permutation(8, 0, 0).tolist() == PINNED_PERMUTATION
+    orders = [permutation(1000, seed, epoch).tolist() for seed in range(4) for epoch in range(4)]
+    assert len({tuple(order) for order in orders}) == 16
+    assert all(sorted(order) == list(range(1000)) for order in orders)
+    # No place prefers a value: over 2,000 seeds the first of 8 is each of them about 250 times.
+    firsts = Counter(int(permutation(8, seed)[0]) for seed in range(2000))
+    assert all(190 < firsts[value] < 310 for value in range(8))
+
+
+PINNED_PERMUTATION = [4, 0, 1, 7, 6, 2, 5, 3]
+
+
+# --- rows left out ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks, workers", [(1, 0), (2, 1), (3, 0), (4, 3)])
+def test_skipped_rows_are_left_out_and_the_others_stay_in_order(corpus, reference, ranks, workers):
+    skip = [(0, 2), (17, 17), (30, 61)]
+    expected = [row for n, row in enumerate(reference) if not any(first <= n <= last for first, last in skip)]
+    rows, state = read_batches(corpus, ranks, [12] * 6, skip_rows=skip, workers=workers)
+    assert rows == expected[:72]
+    assert state["rows"] > 72
+    more, _ = read_batches(corpus, 2, [12] * 3, state=state, skip_rows=skip)
+    assert more == expected[72:108]
+
+
+def test_a_state_of_other_skipped_rows_is_refused(corpus):
+    state = make_stream(corpus, skip_rows=[(3, 5)]).state()
+    with pytest.raises(ValueError, match="differs in skip_rows"):
+        make_stream(corpus, state=state)
+
+
+def test_an_accepted_difference_is_recorded(corpus):
+    state = make_stream(corpus, seed=1).state()
+    stream = make_stream(corpus, seed=2, state=state, accept_other_data=True)
+    (accepted,) = stream.state()["accepted"]
+    assert "differs in seed: 1 there, 2 now" in accepted
+    again = make_stream(corpus, seed=2, state=stream.state())
+    assert again.state()["accepted"] == [accepted]
+    with pytest.raises(ValueError, match="sequence_length"):
+        make_stream(corpus, sequence_length=LENGTH + 1, state=state, accept_other_data=True)
 
 
 # --- ranks, threads, batches --------------------------------------------------------------------------------------

@@ -1,20 +1,39 @@
-"""Documents to tokens of one virtual shard: end-of-text, document, end-of-text, document ... without padding or loss."""
+"""Documents to rows of one virtual shard: end-of-text, document, end-of-text, document ... without padding or loss."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 
-from recipe.data.corpus import Corpus, Unit
-from recipe.tokenizer import Encoder
+from recipe.data.corpus import Unit
 
 SHUFFLE_WINDOW = 1000
 """Documents of a unit that are shuffled among themselves: a FineWeb row group."""
-ENCODE_CHUNK = 16
-"""Documents encoded at a time: about 11,000 tokens of FineWeb, so that the first batch waits for little."""
+
+
+class Documents(Protocol):
+    """Where documents come from: a Corpus of text, or a cache of tokens."""
+
+    units: list[Unit]
+
+    def read(self, unit: Unit) -> Iterator[Any]:
+        """The documents of a unit."""
+
+
+class DocumentEncoder(Protocol):
+    """What makes tokens of documents."""
+
+    dtype: type
+    chunk: int
+    """Documents to encode at a time."""
+
+    def encode(self, documents: list[Any]) -> list[np.ndarray]:
+        """Each document's tokens, end-of-text in front."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +50,14 @@ class Cursor:
 
 
 @dataclass
-class _Document:
+class _Block:
+    """The tokens of consecutive documents of a unit."""
+
     cursor: Cursor
+    """Of the first document."""
     tokens: np.ndarray
+    starts: np.ndarray
+    """Offset of each document in `tokens`."""
 
 
 class ShardPacker:
@@ -50,28 +74,33 @@ class ShardPacker:
 
     def __init__(
         self,
-        corpus: Corpus,
-        encoder: Encoder,
+        documents: Documents,
+        encoder: DocumentEncoder,
         sequence_length: int,
         units_of_epoch: Callable[[int], list[Unit]],
         document_order: Callable[[int, Unit, int, int], np.ndarray],
         cursor: Cursor = Cursor(),  # noqa: B008  (immutable)
     ):
-        self._corpus, self._encoder, self._length = corpus, encoder, sequence_length
+        self._documents, self._encoder, self._length = documents, encoder, sequence_length
         self._units_of_epoch, self._document_order = units_of_epoch, document_order
-        self._documents: deque[_Document] = deque()
+        self._blocks: deque[_Block] = deque()
         self._buffered = 0
         self._offset = cursor.token
-        self._next = Cursor(cursor.epoch, cursor.unit, cursor.document)
+        """Of the next row in the buffered tokens."""
+        self._next = replace(cursor, token=0)
         """Where reading goes on: behind the last buffered document."""
-        self._texts: Iterator[str] | None = None
+        self._items: Iterator[Any] | None = None
 
     @property
     def cursor(self) -> Cursor:
         """The position behind the rows taken so far, whatever is buffered."""
-        if not self._documents:
+        if not self._blocks:
             return replace(self._next, token=self._offset)
-        return replace(self._documents[0].cursor, token=self._offset)
+        block = self._blocks[0]
+        document = int(np.searchsorted(block.starts, self._offset, side="right")) - 1
+        return replace(
+            block.cursor, document=block.cursor.document + document, token=self._offset - int(block.starts[document])
+        )
 
     def fill(self, rows: int, epoch: int) -> int:
         """Buffer up to `rows` rows without reading past the end of `epoch`; the number that is there."""
@@ -80,24 +109,42 @@ class ShardPacker:
             pass
         return min(rows, max(0, self._buffered - self._offset - 1) // self._length)
 
-    def take(self) -> np.ndarray:
-        """The next buffered row, [sequence_length + 1]."""
-        row = np.empty(self._length + 1, dtype=self._encoder.dtype)
-        filled = 0
-        offset = self._offset
-        for document in self._documents:
-            part = document.tokens[offset : offset + len(row) - filled]
-            row[filled : filled + len(part)] = part
-            filled += len(part)
-            offset = 0
-            if filled == len(row):
+    def take(self, rows: int) -> np.ndarray:
+        """The next buffered rows, [rows, sequence_length + 1]; `fill` must have promised them."""
+        needed = rows * self._length + 1
+        parts, found = [], 0
+        for block in self._blocks:
+            part = block.tokens[0 if parts else self._offset :][: needed - found]
+            parts.append(part)
+            found += len(part)
+            if found == needed:
                 break
-        self._offset += self._length
-        while self._documents and self._offset >= len(self._documents[0].tokens):
-            done = len(self._documents.popleft().tokens)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self._offset += rows * self._length
+        while self._offset >= len(self._blocks[0].tokens):
+            done = len(self._blocks.popleft().tokens)
             self._offset -= done
             self._buffered -= done
-        return row
+        return np.lib.stride_tricks.sliding_window_view(tokens, self._length + 1)[:: self._length]
+
+    def spans(self, rows: int) -> list[list[tuple[Cursor, int]]]:
+        """The documents of the next buffered rows: for each row the cursors and numbers of tokens that make it up."""
+        spans: list[list[tuple[Cursor, int]]] = []
+        flat = [
+            (replace(block.cursor, document=block.cursor.document + n), int(end - start))
+            for block in self._blocks
+            for n, (start, end) in enumerate(zip(block.starts, [*block.starts[1:], len(block.tokens)], strict=True))
+        ]
+        for row in range(rows):
+            begin = self._offset + row * self._length
+            end, position, parts = begin + self._length + 1, 0, []
+            for cursor, size in flat:
+                first, last = max(begin, position), min(end, position + size)
+                if first < last:
+                    parts.append((replace(cursor, token=first - position), last - first))
+                position += size
+            spans.append(parts)
+        return spans
 
     def _read_chunk(self, last_epoch: int) -> bool:
         """Encode a few documents more; False at the end of `last_epoch`."""
@@ -108,26 +155,27 @@ class ShardPacker:
         if position.unit >= len(units):
             self._next = Cursor(position.epoch + 1)
             return self._read_chunk(last_epoch)
-        if self._texts is None:
-            self._texts = self._shuffled_texts(position.epoch, units[position.unit], position.document)
-        texts = [text for _, text in zip(range(ENCODE_CHUNK), self._texts, strict=False)]
-        for n, tokens in enumerate(self._encoder.encode(texts)):
-            cursor = Cursor(position.epoch, position.unit, position.document + n)
-            self._documents.append(_Document(cursor, tokens))
-            self._buffered += len(tokens)
-        if len(texts) < ENCODE_CHUNK:
-            self._texts = None
+        if self._items is None:
+            self._items = self._shuffled(position.epoch, units[position.unit], position.document)
+        items = list(islice(self._items, self._encoder.chunk))
+        if items:
+            parts = self._encoder.encode(items)
+            lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
+            self._blocks.append(_Block(position, np.concatenate(parts), np.cumsum(lengths) - lengths))
+            self._buffered += int(lengths.sum())
+        if len(items) < self._encoder.chunk:
+            self._items = None
             self._next = Cursor(position.epoch, position.unit + 1)
         else:
-            self._next = Cursor(position.epoch, position.unit, position.document + len(texts))
+            self._next = replace(position, document=position.document + len(items))
         return True
 
-    def _shuffled_texts(self, epoch: int, unit: Unit, skip: int) -> Iterator[str]:
-        documents = self._corpus.read(unit)
-        window_index = 0
-        while window := [text for _, text in zip(range(SHUFFLE_WINDOW), documents, strict=False)]:
+    def _shuffled(self, epoch: int, unit: Unit, skip: int) -> Iterator[Any]:
+        documents = self._documents.read(unit)
+        index = 0
+        while window := list(islice(documents, SHUFFLE_WINDOW)):
             if skip < len(window):
-                order = self._document_order(epoch, unit, window_index, len(window))
-                yield from (window[i] for i in order[skip:])
+                order = self._document_order(epoch, unit, index, len(window))
+                yield from (window[i] for i in order[skip:].tolist())
             skip = max(0, skip - len(window))
-            window_index += 1
+            index += 1

@@ -8,14 +8,15 @@ its shard as long as the ranks divide the shards and no shard has ended; otherwi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import astuple
 from typing import Protocol
 
 import numpy as np
 
 from recipe.data.corpus import Corpus, DataError, Unit
+from recipe.data.order import ORDER_VERSION, permutation
 from recipe.data.packing import Cursor, ShardPacker
 from recipe.tokenizer import Encoder
 
@@ -57,6 +58,8 @@ class RowStream:
         max_epochs: passes over the text after which it has run out.
         workers: threads that tokenise ahead; 0 for none.
         state: a `state()` of this or another topology to continue from.
+        skip_rows: ranges (first, last) of rows, numbered through the run from 0, that are left out.
+        accept_other_data: go on from a state of other data, as long as shards and rows have the same shape.
     Raises:
         ValueError: if `state` belongs to another text, tokenizer, seed or sequence length; the difference is named.
     """
@@ -71,8 +74,14 @@ class RowStream:
         exchange: Exchange | None = None,
         workers: int = 0,
         state: dict | None = None,
+        skip_rows: Sequence[tuple[int, int]] = (),
+        accept_other_data: bool = False,
     ):
         self._corpus, self._seed, self._max_epochs = corpus, seed, max_epochs
+        self._skip_rows = [(first, last) for first, last in skip_rows]
+        self._accept_other_data = accept_other_data
+        self.accepted: list[str] = list(state["accepted"]) if state else []
+        """Differences between the data of the run and of its continuations that were accepted."""
         self._length, self._dtype = sequence_length, encoder.dtype
         self._exchange = exchange or OneRank()
         self.num_shards = number_of_shards(corpus)
@@ -82,6 +91,8 @@ class RowStream:
             "sequence_length": sequence_length,
             "seed": seed,
             "num_shards": self.num_shards,
+            "order_version": ORDER_VERSION,
+            "skip_rows": [list(span) for span in skip_rows],
         }
         self._permutations: dict[int, np.ndarray] = {}
         self._epoch, self._pointer, self.rows = 0, 0, 0
@@ -109,18 +120,33 @@ class RowStream:
         Raises:
             DataError: on every rank, if the text has run out or a rank could not read its part.
         """
-        # Shards in the order of the batch's rows; each owner takes its rows in the same order.
-        taken: list[int] = []
-        own: list[np.ndarray] = []
-        rounds = 0
-        while len(taken) < rows:
-            part = self._allocate(rows - len(taken))
-            own += [self._packers[shard].take() for shard in part if shard in self._packers]
-            taken += part
-            rounds += 1
-        self.rows += rows
+        shards: list[np.ndarray] = []
+        own: list[tuple[np.ndarray, np.ndarray]] = []
+        count, drawn = 0, self.rows
+        while count < rows:
+            part = self._allocate(rows - count)
+            kept = self._without_skipped(drawn, len(part))
+            position = np.full(len(part), -1)
+            position[kept] = count + np.arange(len(kept))
+            for shard in np.unique(part):
+                if shard in self._packers:
+                    places = position[part == shard]
+                    taken = self._packers[shard].take(len(places))
+                    own.append((places[places >= 0], taken[places >= 0]))
+            shards.append(part[kept])
+            count += len(kept)
+            drawn += len(part)
+        self.rows = drawn
         self._prefetch(rows)
-        return self._deliver(taken, own)
+        return self._deliver(np.concatenate(shards), own)
+
+    def _without_skipped(self, first_row: int, count: int) -> np.ndarray:
+        """Of `count` rows from number `first_row` on, those that the run does not leave out."""
+        numbers = first_row + np.arange(count)
+        skipped = np.zeros(count, dtype=bool)
+        for first, last in self._skip_rows:
+            skipped |= (numbers >= first) & (numbers <= last)
+        return np.flatnonzero(~skipped)
 
     def state(self) -> dict:
         """Where the stream stands after the batches taken so far, as JSON; every rank must call."""
@@ -128,10 +154,11 @@ class RowStream:
         # A fault in what was read ahead is raised, on every rank, by the next batch.
         wait(self._filling)
         for shard, packer in self._packers.items():
-            cursors[shard] = list(asdict(packer.cursor).values())
+            cursors[shard] = astuple(packer.cursor)
         cursors = self._exchange.sum(cursors)
         return {
             "fingerprint": self.fingerprint,
+            "accepted": self.accepted,
             "rows": self.rows,
             "epoch": self._epoch,
             "pointer": self._pointer,
@@ -148,7 +175,10 @@ class RowStream:
         theirs, ours = state["fingerprint"], self.fingerprint
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key):
-                raise ValueError(f"the checkpoint's data differs in {key}: {theirs.get(key)} there, {ours.get(key)} now")
+                difference = f"the checkpoint's data differs in {key}: {theirs.get(key)} there, {ours.get(key)} now"
+                if not self._accept_other_data or key in ("num_shards", "sequence_length"):
+                    raise ValueError(difference)
+                self.accepted.append(f"row {state['rows']}: {difference}")
         self.rows, self._epoch, self._pointer = state["rows"], state["epoch"], state["pointer"]
         self._finished[state["finished"]] = True
         return [Cursor(*cursor) for cursor in state["cursors"]]
@@ -156,17 +186,15 @@ class RowStream:
     def _units_of(self, shard: int) -> Callable[[int], list[Unit]]:
         def units(epoch: int) -> list[Unit]:
             if epoch not in self._permutations:
-                rng = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-                self._permutations[epoch] = rng.permutation(len(self._corpus.units))
+                self._permutations[epoch] = permutation(len(self._corpus.units), self._seed, epoch)
             return [self._corpus.units[i] for i in self._permutations[epoch][shard :: self.num_shards]]
 
         return units
 
     def _document_order(self, epoch: int, unit: Unit, window: int, size: int) -> np.ndarray:
-        rng = np.random.Generator(np.random.PCG64([self._seed, epoch, unit.file, unit.start, window]))
-        return rng.permutation(size)
+        return permutation(size, self._seed, epoch, unit.file, unit.start, window)
 
-    def _allocate(self, rows: int) -> list[int]:
+    def _allocate(self, rows: int) -> np.ndarray:
         """The shards that give the next rows, at most `rows`, as far as one exchange tells."""
         live = np.flatnonzero(~self._finished)
         if not len(live):
@@ -201,11 +229,11 @@ class RowStream:
                 available[shard] -= 1
                 order.append(int(shard))
                 self._pointer = (int(shard) + 1) % self.num_shards
-            elif order.count(shard) < wanted:
+            elif order.count(int(shard)) < wanted:
                 self._finished[shard] = True
             else:
                 break
-        return order
+        return np.array(order, dtype=np.int64)
 
     def _cycle(self, live: np.ndarray):
         """The live shards round robin from the pointer on, until all have finished."""
@@ -218,14 +246,17 @@ class RowStream:
                 if not self._finished[shard]:
                     yield shard
 
-    def _deliver(self, taken: list[int], own: list[np.ndarray]) -> np.ndarray:
+    def _deliver(self, shards: np.ndarray, own: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """This rank's rows of a batch, from the rows of its own shards and their places in the batch."""
         rank, ranks = self._exchange.rank, self._exchange.num_ranks
-        owners = np.array(taken) % ranks
-        if (owners == np.arange(len(taken)) % ranks).all():
-            return np.stack(own)
-        batch = np.zeros((len(taken), self._length + 1), dtype=np.int64)
-        if own:
-            batch[owners == rank] = own
+        if (shards % ranks == np.arange(len(shards)) % ranks).all():
+            batch = np.empty((len(shards) // ranks, self._length + 1), dtype=self._dtype)
+            for places, taken in own:
+                batch[places // ranks] = taken
+            return batch
+        batch = np.zeros((len(shards), self._length + 1), dtype=np.int64)
+        for places, taken in own:
+            batch[places] = taken
         return self._exchange.sum(batch)[rank::ranks].astype(self._dtype)
 
     def _prefetch(self, rows: int) -> None:
