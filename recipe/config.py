@@ -53,6 +53,11 @@ class DataConfig:
     """Targets a row; a row holds one token more."""
     max_epochs: int = 1
     """How often the text may be read. A run longer than that is refused before it starts."""
+    skip_rows: str | None = None
+    """Rows to leave out, numbered through the run from 0: ranges and numbers as in `1200-1263,5000`. They are recorded in
+    the checkpoints."""
+    accept_other_data: bool = False
+    """Continue although the text or the tokenizer differs from the run's; the difference is recorded in the checkpoints."""
     data_workers: int = 2
     """Threads a rank that tokenise ahead of the training; 0 tokenises in the training thread."""
 
@@ -149,7 +154,7 @@ class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, Evaluatio
 
 NOT_PART_OF_THE_RUN = frozenset(
     "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every sample_every evaluate_tasks "
-    "evaluate_data evaluate_limit data_workers micro_batch_size compile max_epochs".split()
+    "evaluate_data evaluate_limit accept_other_data data_workers micro_batch_size compile max_epochs".split()
 )
 """Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
 
@@ -354,11 +359,30 @@ def _range_problems(config: Config) -> list[str]:
         problems.append(
             f"sequence_length: {config.sequence_length} is longer than n_positions {config.n_positions}; raise n_positions"
         )
+    try:
+        parse_ranges(config.skip_rows)
+    except ValueError:
+        problems.append(f"skip_rows: {config.skip_rows!r} is not a list of ranges; write it as 1200-1263,5000")
     if config.tokenizer.startswith("train:"):
         size = config.tokenizer.removeprefix("train:")
         if not _INTEGER.fullmatch(size) or not 257 <= int(size) <= 65_536:
             problems.append(f"tokenizer: {config.tokenizer}: VOCAB_SIZE must be a whole number from 257 to 65536")
     return problems
+
+
+def parse_ranges(text: str | None) -> list[tuple[int, int]]:
+    """`1200-1263,5000` as [(1200, 1263), (5000, 5000)].
+
+    Raises:
+        ValueError: for anything else, and for a range that ends before it begins.
+    """
+    ranges = []
+    for part in text.split(",") if text else []:
+        first, _, last = part.strip().partition("-")
+        ranges.append((int(first), int(last or first)))
+        if ranges[-1][0] > ranges[-1][1] or int(first) < 0:
+            raise ValueError(part)
+    return ranges
 
 
 def to_yaml(config: Config) -> str:

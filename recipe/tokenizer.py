@@ -128,6 +128,10 @@ class Encoder:
             ids = [e.ids for e in self._reference.encode_batch_fast(texts, add_special_tokens=False)]
         return [np.array([self.end_of_text, *document], dtype=self.dtype) for document in ids]
 
+    def text_bytes(self, text: str) -> int:
+        """Size of a document in UTF-8."""
+        return len(text.encode("utf-8", "surrogatepass"))
+
     def _encode_fast(self, text: str) -> list[int]:
         try:
             return self._tiktoken.encode_ordinary(text)

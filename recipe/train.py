@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from recipe import checkpoint
-from recipe.config import Config, ConfigError
+from recipe.config import Config, ConfigError, parse_ranges
 from recipe.data.corpus import Corpus, open_corpora
 from recipe.data.stream import RowStream
 from recipe.data.validation import LARGEST_SHARE, check_length, hold_out, read_validation_rows
@@ -131,9 +131,13 @@ class Run:
                 distributed,
                 config.data_workers,
                 state["data"] if state else None,
+                parse_ranges(config.skip_rows),
+                config.accept_other_data,
             )
         except ValueError as error:
-            raise ConfigError(f"data: {error}; restore the data, or start a new run in another output_dir") from error
+            raise ConfigError(f"data: {error}; restore it, name another output_dir, or set accept_other_data") from error
+        for accepted in self.stream.accepted:
+            self.say(f"accepted: {accepted}")
         if state and state["validation_rows"] != self._validation_hash():
             raise ConfigError(
                 "validation_data: the text differs from what the run began with; restore it, or name another output_dir"

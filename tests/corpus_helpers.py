@@ -50,6 +50,9 @@ class NumberEncoder:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.arange(start, start + length, dtype=self.dtype) for start, length in (map(int, t.split()) for t in texts)]
 
+    def text_bytes(self, text: str) -> int:
+        return len(text.encode())
+
 
 def numbered_documents(lengths: Iterable[int], first: int = 0) -> list[str]:
     """Documents for the NumberEncoder, of these lengths in tokens, one behind the other from the id `first`."""

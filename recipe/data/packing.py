@@ -35,6 +35,9 @@ class DocumentEncoder(Protocol):
     def encode(self, documents: list[Any]) -> list[np.ndarray]:
         """Each document's tokens, end-of-text in front."""
 
+    def text_bytes(self, document: Any) -> int:
+        """Size of a document in UTF-8."""
+
 
 @dataclass(frozen=True)
 class Cursor:

@@ -29,15 +29,11 @@ BUDGET_S = 300.0
 BUFFER_BYTES = 1 << 20
 """Buffer for files that are read line by line: io.BufferedReader(RemoteFile(url, size), BUFFER_BYTES)."""
 MAX_REDIRECTS = 5
-RENEW_AFTER = 3
-"""Failed attempts after which the Hub is asked again where the file is."""
 
 _URL = re.compile(r"hf://datasets/(?P<repo>[^/@]+(/[^/@]+)?)@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+)/(?P<path>.+)")
 _REDIRECTS = {301, 302, 303, 307, 308}
-# Overload and failures on the way; 520 to 527 are what Cloudflare says when it cannot reach the server behind it.
-_RETRIED = {408, 425, 429, 500, 502, 503, 504, *range(520, 528)}
-# How storage hosts answer a signature that has expired.
-_EXPIRED = {400, 401, 403, 410}
+_RETRIED = {408, 425, 429, 500, 502, 503, 504, *range(520, 528)}  # 520 on: Cloudflare cannot reach the server behind it
+_EXPIRED = {400, 401, 403, 410}  # how storage hosts answer a signature that has expired
 _REMEDIES = {
     401: "log in with `hf auth login` or set HF_TOKEN",
     403: "ask for access on the dataset's page, or use a token that has it",
@@ -82,6 +78,9 @@ class RetryPolicy:
     max_backoff_s: float = 30.0
 
 
+_POLICY = RetryPolicy()
+
+
 class RemoteFile(io.RawIOBase):
     """A file of a Hub dataset, as a seekable binary file that reads exactly what it is asked for.
 
@@ -98,12 +97,7 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(
-        self,
-        url: str,
-        size: int,
-        budget_s: float = BUDGET_S,
-        policy: RetryPolicy = RetryPolicy(),  # noqa: B008
-        endpoint: str | None = None,
+        self, url: str, size: int, budget_s: float = BUDGET_S, policy: RetryPolicy = _POLICY, endpoint: str | None = None
     ):
         parts = _URL.fullmatch(url)
         if not parts:
@@ -155,8 +149,8 @@ class RemoteFile(io.RawIOBase):
         return len(content)
 
     def _fetch(self, start: int, stop: int) -> bytes:
-        began = time.monotonic()
-        rank, end = os.environ.get("RANK", "0"), began + self._budget_s
+        policy, rank, began = self._policy, os.environ.get("RANK", "0"), time.monotonic()
+        end = began + self._budget_s
         rng = random.Random(f"{rank} {self.url} {start}")  # the ranks must not come back all at once
         attempts, renewed = 0, False
         while True:
@@ -164,8 +158,9 @@ class RemoteFile(io.RawIOBase):
             try:
                 return self._attempt(start, stop, end)
             except _Fault as fault:
-                reason, wait_s = fault.reason, self._pause_s(attempts, rng)
-                if fault.expired or attempts >= RENEW_AFTER:
+                reason, wait_s = fault.reason, min(policy.max_backoff_s, policy.backoff_s * 2 ** min(attempts - 1, 20))
+                wait_s *= rng.uniform(0.5, 1)
+                if fault.expired or attempts > 2:  # a host that keeps failing may not be the one that the Hub names by now
                     _storage_urls.pop(self._hub_url, None)
                 if fault.expired and not renewed:
                     renewed, wait_s = True, 0.0
@@ -178,16 +173,10 @@ class RemoteFile(io.RawIOBase):
                     break
             _count(retries=1)
             time.sleep(wait_s)
-        seconds = f"{time.monotonic() - began:.1f} s of {self._budget_s:g} s"
-        # Not chained: the causes hold signed addresses, and may quote a header.
-        raise RemoteReadError(
-            f"cannot read {self.url}, bytes {start} to {stop}, on rank {rank}: {_one_line(reason)} "
-            f"(attempts: {attempts}, time: {seconds})"
-        )
-
-    def _pause_s(self, attempts: int, rng: random.Random) -> float:
-        longest = self._policy.backoff_s * 2 ** min(attempts - 1, 20)
-        return min(longest, self._policy.max_backoff_s) * rng.uniform(0.5, 1)
+        # Not chained, and cleaned: causes hold signed addresses, and may quote a header.
+        reason = _SECRET.sub("...", " ".join(reason.split()))[:500]
+        spent = f"attempts: {attempts}, time: {time.monotonic() - began:.1f} s of {self._budget_s:g} s"
+        raise RemoteReadError(f"cannot read {self.url}, bytes {start} to {stop}, on rank {rank}: {reason} ({spent})")
 
     def _attempt(self, start: int, stop: int, end: float) -> bytes:
         """One attempt, until `end` (time.monotonic) at most; raises _Fault."""
@@ -308,7 +297,3 @@ def _retry_after_s(headers) -> float | None:
     except (TypeError, ValueError):  # no date, or one without a time zone
         window = re.search(r"\br=0\s*;\s*t=([0-9]+)", headers.get("RateLimit", ""))
         return float(window[1]) if window else None
-
-
-def _one_line(text: str) -> str:
-    return _SECRET.sub("...", " ".join(text.split()))[:500]

@@ -60,10 +60,10 @@ def _take_rows(
     end = (len(corpus.units), 0, 0)
     for index, unit in enumerate(corpus.units):
         documents = unit_bytes = 0
-        texts = corpus.read(unit)
-        while chunk := list(islice(texts, _CHUNK)):
-            for text, tokens in zip(chunk, encoder.encode(chunk), strict=True):
-                size = len(text.encode("utf-8", "surrogatepass"))
+        read = corpus.read(unit)
+        while chunk := list(islice(read, _CHUNK)):
+            for document, tokens in zip(chunk, encoder.encode(chunk), strict=True):
+                size = encoder.text_bytes(document)
                 if total > max_tokens or (max_bytes is not None and taken_bytes + size > max_bytes):
                     end = (index, documents, unit_bytes)
                     break
