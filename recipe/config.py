@@ -210,7 +210,7 @@ def parse_config(arguments: list[str]) -> tuple[Config, list[str]]:
     problems: list[str] = []
     config_file, overrides = _split_arguments(arguments, problems)
     values = _read_yaml(config_file, problems) if config_file else {}
-    if {"max_steps", "max_tokens"} <= values.keys():
+    if values.get("max_steps") is not None and values.get("max_tokens") is not None:
         problems.append(f"max_steps and max_tokens: {config_file} gives both; keep one")
     if {"max_steps", "max_tokens"} <= overrides.keys():
         problems.append("--max_steps and --max_tokens: both given; keep one")

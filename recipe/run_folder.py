@@ -41,6 +41,7 @@ class RunFolder:
         self.evaluation = path / "eval"
         self.cache = path / "cache"
         self.metrics = path / "metrics.jsonl"
+        self.positions = self.cache / "positions.jsonl"
         self.config = path / "config.yaml"
 
     def check(self, config: Config) -> bool:

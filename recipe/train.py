@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -160,6 +161,7 @@ class Run:
             self.folder.metrics if distributed.is_main else Path(os.devnull),
             (start.step if start else -1) if distributed.is_main else None,
         )
+        self._record_position(self.step)
         for line in self.plan.lines(config, self.encoder.vocab_size):
             self.say(line)
         self.say(
@@ -292,6 +294,7 @@ class Run:
         self._seconds_per_step = recent
         left = (self.plan.max_steps - lines[-1]["step"]) * recent
         self.say(progress_line(lines[-1], self.plan.max_steps, left))
+        self._record_position(lines[-1]["step"])
         if self.distributed.is_main:
             self.folder.status("running", None, lines[-1]["step"], lines[-1]["tokens"])
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -299,6 +302,13 @@ class Run:
                 f"the gradient was not finite in {self._skipped_in_a_row} steps in a row up to step {lines[-1]['step']}; "
                 "the weights are as before them. Continue from the last checkpoint with a lower learning_rate"
             )
+
+    def _record_position(self, step: int) -> None:
+        """Note where the text stands, so that scripts/inspect_data.py need not read it all to show a batch."""
+        position = self.stream.position()
+        if self.distributed.is_main:
+            with open(self.folder.positions, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"step": step, "fingerprint": self.stream.fingerprint, **position}) + "\n")
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         peak = peak_flops(torch.cuda.get_device_name()) if self.distributed.cuda else None

@@ -31,6 +31,9 @@ JSONL_UNIT_BYTES = 4 << 20
 TXT_UNIT_BYTES = 1 << 18
 """Bytes of a .txt unit, which is one document: longer files are cut at the next empty line."""
 
+LABELS = ("id", "url")
+"""Columns or keys that say where a document is from."""
+
 _VALIDATION = re.compile(r"(?<![a-z])(validation|valid|val|dev)(?![a-z])")
 _TEST = re.compile(r"(?<![a-z])(test|testing)(?![a-z])")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
@@ -112,6 +115,19 @@ class Corpus:
                 raise DataError(f"cannot read {path}: {self.text_column} holds {type(document).__name__}, not text")
             if document:
                 yield document
+
+    def describe(self, unit: Unit) -> list[dict[str, str | None]]:
+        """The `id` and `url` of the documents that `read` gives, as far as the file has them."""
+        kind = _format(self.files[unit.file])
+        if kind == "parquet":
+            labels = _label_parquet(self, unit)
+        elif kind == "txt":
+            labels = [{}]
+        else:
+            records = (json.loads(line) if line.strip() else {} for line in _LINES[kind](self, unit))
+            labels = [{name: record.get(name) for name in LABELS} for record in records]
+        documents = zip(labels, _READERS[kind](self, unit), strict=True)
+        return [label for label, document in documents if document][unit.skip :]
 
     def open(self, file: int):
         """The file as a binary, seekable object."""
@@ -305,6 +321,17 @@ def _read_parquet(corpus: Corpus, unit: Unit) -> Iterator[str]:
     yield from table.column(0).to_pylist()
 
 
+def _label_parquet(corpus: Corpus, unit: Unit) -> list[dict]:
+    import pyarrow.parquet as pq
+
+    with corpus.open(unit.file) as handle:
+        file = pq.ParquetFile(handle, metadata=corpus.footers[unit.file])
+        present = [name for name in LABELS if name in file.schema_arrow.names]
+        if not present:
+            return [{}] * file.metadata.row_group(unit.start).num_rows
+        return file.read_row_group(unit.start, columns=present).to_pylist()
+
+
 def _jsonl_units(corpus: Corpus, file: int) -> list[Unit]:
     size = corpus.sizes[file]
     with corpus.open(file) as handle:
@@ -334,20 +361,24 @@ def _text_share(corpus: Corpus, path: str, handle: io.BufferedIOBase, sample: in
     return text / max(1, lines)
 
 
-def _read_jsonl(corpus: Corpus, unit: Unit) -> Iterator[str]:
+def _jsonl_lines(corpus: Corpus, unit: Unit) -> Iterator[bytes]:
     with corpus.open(unit.file) as handle:
         # A line belongs to the unit in which it starts.
         if unit.start:
             handle.seek(unit.start - 1)
             handle.readline()
         while handle.tell() < unit.end and (line := handle.readline()):
-            yield _parse_line(corpus, corpus.files[unit.file], line)
+            yield line
 
 
-def _read_jsonl_gz(corpus: Corpus, unit: Unit) -> Iterator[str]:
+def _jsonl_gz_lines(corpus: Corpus, unit: Unit) -> Iterator[bytes]:
     with corpus.open(unit.file) as raw, gzip.open(raw) as handle:
-        for line in handle:
-            yield _parse_line(corpus, corpus.files[unit.file], line)
+        yield from handle
+
+
+def _read_jsonl(corpus: Corpus, unit: Unit) -> Iterator[str]:
+    path = corpus.files[unit.file]
+    return (_parse_line(corpus, path, line) for line in _LINES[_format(path)](corpus, unit))
 
 
 def _parse_line(corpus: Corpus, path: str, line: bytes) -> str | None:
@@ -400,4 +431,5 @@ def _first_line(error: Exception) -> str:
 
 
 _UNITS = {"parquet": _parquet_units, "jsonl": _jsonl_units, "jsonl.gz": _jsonl_gz_units, "txt": _txt_units}
-_READERS = {"parquet": _read_parquet, "jsonl": _read_jsonl, "jsonl.gz": _read_jsonl_gz, "txt": _read_txt}
+_READERS = {"parquet": _read_parquet, "jsonl": _read_jsonl, "jsonl.gz": _read_jsonl, "txt": _read_txt}
+_LINES = {"jsonl": _jsonl_lines, "jsonl.gz": _jsonl_gz_lines}

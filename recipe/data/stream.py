@@ -8,9 +8,9 @@ its shard as long as the ranks divide the shards and no shard has ended; otherwi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +23,20 @@ from recipe.tokenizer import Encoder
 MAX_SHARDS = 64
 """Virtual shards: 1, 2, 4, 8, 16, 32 and 64 ranks divide it. A small corpus gets the largest power of two within its
 units."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A document's part in a row."""
+
+    row: int
+    """The row's place in the batch."""
+    shard: int
+    unit: Unit
+    cursor: Cursor
+    """The document, in the shuffled order of its unit, and its first token in the row."""
+    tokens: int
+    """Number of its tokens in the row."""
 
 
 class Exchange(Protocol):
@@ -103,7 +117,7 @@ class RowStream:
         rank, ranks = self._exchange.rank, self._exchange.num_ranks
         self._cursors = cursors
         self._packers = {
-            shard: ShardPacker(corpus, encoder, sequence_length, self._units_of(shard), self._document_order, cursors[shard])
+            shard: ShardPacker(corpus, encoder, sequence_length, self._units_of(shard), self.document_order, cursors[shard])
             for shard in range(rank, self.num_shards, ranks)
         }
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise") if workers else None
@@ -114,9 +128,11 @@ class RowStream:
         """Passes over the text that are complete."""
         return self._epoch
 
-    def next_batch(self, rows: int) -> np.ndarray:
+    def next_batch(self, rows: int, trace: list[Span] | None = None) -> np.ndarray:
         """This rank's part of the next `rows` rows, [rows / ranks, sequence_length + 1]; every rank must call.
 
+        Args:
+            trace: a list to which the spans of the rows that this rank's shards give are added.
         Raises:
             DataError: on every rank, if the text has run out or a rank could not read its part.
         """
@@ -131,6 +147,8 @@ class RowStream:
             for shard in np.unique(part):
                 if shard in self._packers:
                     places = position[part == shard]
+                    if trace is not None:
+                        trace += self._spans(int(shard), places)
                     taken = self._packers[shard].take(len(places))
                     own.append((places[places >= 0], taken[places >= 0]))
             shards.append(part[kept])
@@ -139,6 +157,12 @@ class RowStream:
         self.rows = drawn
         self._prefetch(rows)
         return self._deliver(np.concatenate(shards), own)
+
+    def _spans(self, shard: int, places: np.ndarray) -> Iterator[Span]:
+        units = self._units_of(shard)
+        for place, parts in zip(places.tolist(), self._packers[shard].spans(len(places)), strict=True):
+            for cursor, tokens in parts if place >= 0 else ():
+                yield Span(place, shard, units(cursor.epoch)[cursor.unit], cursor, tokens)
 
     def _without_skipped(self, first_row: int, count: int) -> np.ndarray:
         """Of `count` rows from number `first_row` on, those that the run does not leave out."""
@@ -149,6 +173,10 @@ class RowStream:
         return np.flatnonzero(~skipped)
 
     def state(self) -> dict:
+        """Where the stream stands after the batches taken so far, as JSON, with what it reads; every rank must call."""
+        return {"fingerprint": self.fingerprint, "accepted": self.accepted, **self.position()}
+
+    def position(self) -> dict:
         """Where the stream stands after the batches taken so far, as JSON; every rank must call."""
         cursors = np.zeros((self.num_shards, 4), dtype=np.int64)
         # A fault in what was read ahead is raised, on every rank, by the next batch.
@@ -157,8 +185,6 @@ class RowStream:
             cursors[shard] = astuple(packer.cursor)
         cursors = self._exchange.sum(cursors)
         return {
-            "fingerprint": self.fingerprint,
-            "accepted": self.accepted,
             "rows": self.rows,
             "epoch": self._epoch,
             "pointer": self._pointer,
@@ -191,7 +217,8 @@ class RowStream:
 
         return units
 
-    def _document_order(self, epoch: int, unit: Unit, window: int, size: int) -> np.ndarray:
+    def document_order(self, epoch: int, unit: Unit, window: int, size: int) -> np.ndarray:
+        """The order in which the documents of a window of a unit are read in an epoch."""
         return permutation(size, self._seed, epoch, unit.file, unit.start, window)
 
     def _allocate(self, rows: int) -> np.ndarray:

@@ -1,0 +1,136 @@
+"""Which documents made a batch: every row of a run can be traced to its sources."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from recipe.config import Config, ConfigError, load_config, parse_ranges
+from recipe.data.corpus import Corpus, Unit, open_corpora
+from recipe.data.packing import SHUFFLE_WINDOW
+from recipe.data.stream import RowStream, Span
+from recipe.plan import make_plan
+from recipe.run_folder import RunFolder
+from recipe.tokenizer import Encoder, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """A document's part in a row of a batch."""
+
+    row: int
+    """The row's place in the batch."""
+    tokens: int
+    """Number of the document's tokens in the row, end-of-text included."""
+    first_token: int
+    """Offset of the first of them in the document's tokens."""
+    file: str
+    document: int
+    """Number of the document in its unit (row group, byte range or file), without empty ones."""
+    epoch: int
+    id: str | None
+    url: str | None
+
+
+class BatchTracer:
+    """Replays the rows of a run, from the nearest recorded position before the step that is asked for.
+
+    Args:
+        run: the run folder.
+    Raises:
+        ConfigError: if the folder holds no run, or its text cannot be read.
+    """
+
+    def __init__(self, run: Path):
+        folder = RunFolder(run)
+        if not folder.config.is_file():
+            raise ConfigError(f"{run} holds no run (no config.yaml)")
+        self.config: Config = load_config([str(folder.config)])
+        self.tokenizer = load_tokenizer(str(folder.cache / "tokenizer"))
+        self._positions = _read_positions(folder.positions)
+        if not self._positions:
+            raise ConfigError(f"{run} has recorded no position of its text yet; let it train a few steps")
+        fingerprint = self._positions[0]["fingerprint"]
+        corpus, _ = open_corpora(self.config.data, self.config.validation_data, self.config.text_column, folder.cache)
+        units = corpus.units[len(corpus.units) - fingerprint["units"] :]
+        units[0] = replace(units[0], skip=fingerprint["held_out"])
+        self.corpus: Corpus = corpus.with_units(units)
+        self._fingerprint = fingerprint
+
+    def trace(self, step: int) -> tuple[np.ndarray, list[Source]]:
+        """The rows of optimizer step `step`, counted from 1, and where they come from.
+
+        Returns:
+            rows [rows of the batch, sequence_length + 1] in the order of the run, and their sources in the same order.
+        Raises:
+            ConfigError: if the run has no such step.
+        """
+        rows_per_step = make_plan(self.config, 1).rows_per_step if step > 0 else 0
+        known = [p for p in self._positions if p["step"] < step]
+        if not known:
+            raise ConfigError(f"step: {step} is before the first recorded position; steps count from 1")
+        start = known[-1]
+        stream = RowStream(
+            self.corpus,
+            Encoder(self.tokenizer),
+            self.config.sequence_length,
+            self.config.seed,
+            self.config.max_epochs,
+            state={**start, "fingerprint": self._fingerprint, "accepted": []},
+            skip_rows=parse_ranges(self.config.skip_rows),
+        )
+        for _ in range(start["step"] + 1, step):
+            stream.next_batch(rows_per_step)
+        spans: list[Span] = []
+        rows = stream.next_batch(rows_per_step, spans)
+        return rows, sorted(self._sources(stream, spans), key=lambda source: source.row)
+
+    def _sources(self, stream: RowStream, spans: list[Span]) -> Iterator[Source]:
+        described: dict[Unit, list[dict]] = {}
+        for span in spans:
+            if span.unit not in described:
+                described[span.unit] = self.corpus.describe(span.unit)
+            labels = described[span.unit]
+            window = span.cursor.document // SHUFFLE_WINDOW
+            size = min(SHUFFLE_WINDOW, len(labels) - window * SHUFFLE_WINDOW)
+            order = stream.document_order(span.cursor.epoch, span.unit, window, size)
+            document = window * SHUFFLE_WINDOW + int(order[span.cursor.document % SHUFFLE_WINDOW])
+            yield Source(
+                row=span.row,
+                tokens=span.tokens,
+                first_token=span.cursor.token,
+                file=self.corpus.files[span.unit.file],
+                document=document + span.unit.skip,
+                epoch=span.cursor.epoch,
+                id=labels[document].get("id"),
+                url=labels[document].get("url"),
+            )
+
+
+def _read_positions(path: Path) -> list[dict]:
+    """The recorded positions in the order of their steps, the last of each step, the fingerprint from the first line."""
+    if not path.is_file():
+        return []
+    by_step = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            by_step[record["step"]] = record
+        except (ValueError, KeyError):
+            continue  # a line cut off by a crash
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def describe_source(source: Source) -> str:
+    """One line."""
+    name = source.url or source.id or f"{source.file} document {source.document}"
+    return f"row {source.row:4d}  {source.tokens:5d} tokens from {source.first_token:6d}  {name}"
+
+
+def as_json(source: Source) -> dict:
+    """For `--json`."""
+    return asdict(source)
