@@ -93,8 +93,12 @@ def verify(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: with the reason, if it is not whole.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: the folder does not exist; name a folder with a {MANIFEST}")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not {"model.safetensors", "optimizer.safetensors", "state.json"} <= manifest["files"].keys():
+            raise CheckpointError(f"{path}: {MANIFEST} does not name all files")
         for name, expected in manifest["files"].items():
             file = path / name
             if not file.is_file():
@@ -103,7 +107,11 @@ def verify(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes instead of {expected['size']}")
             if sha256(file) != expected["sha256"]:
                 raise CheckpointError(f"{path}: {name} is damaged (sha256 differs from the manifest)")
-        return Checkpoint(path, int(manifest["step"]))
+        # The manifest's own step has no checksum; state.json's has.
+        found = Checkpoint(path, int(manifest["step"]))
+        if found.state()["step"] != found.step:
+            raise CheckpointError(f"{path}: {MANIFEST} is damaged (its step is not that of state.json)")
+        return found
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no {MANIFEST}, so it was never finished") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -113,7 +121,7 @@ def verify(path: Path) -> Checkpoint:
 def find_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint below `folder` that is whole, and why newer ones were passed over."""
     skipped = []
-    for path in sorted(_folders(folder), reverse=True):
+    for path in reversed(_folders(folder)):
         try:
             return verify(path), skipped
         except CheckpointError as error:
@@ -121,11 +129,13 @@ def find_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints; what is not a checkpoint stays."""
-    committed = sorted(p for p in _folders(folder) if (p / MANIFEST).is_file())
+def rotate(folder: Path, keep: int, just_saved: Path | None = None) -> None:
+    """Delete all but the newest `keep` committed checkpoints; what is not a checkpoint stays, and so does the one just saved,
+    which is not the newest in a run that went back to an earlier step."""
+    committed = [p for p in _folders(folder) if (p / MANIFEST).is_file()]
     for path in committed[:-keep]:
-        remove(path)
+        if path != just_saved:
+            remove(path)
 
 
 def remove(path: Path) -> None:
@@ -136,4 +146,6 @@ def remove(path: Path) -> None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    """The folders named like checkpoints, by step."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))

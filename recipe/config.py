@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -54,8 +55,8 @@ class DataConfig:
     max_epochs: int = 1
     """How often the text may be read. A run longer than that is refused before it starts."""
     skip_rows: str | None = None
-    """Rows to leave out, numbered through the run from 0: ranges and numbers as in `1200-1263,5000`. They are recorded in
-    the checkpoints."""
+    """Rows to leave out, numbered through the run from 0: ranges and numbers as in `1200-1263,5000`. Rows that are
+    still to come may be added to a run. They are recorded in the checkpoints."""
     accept_other_data: bool = False
     """Continue although the text or the tokenizer differs from the run's; the difference is recorded in the checkpoints."""
     data_workers: int = 2
@@ -154,15 +155,14 @@ class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, Evaluatio
 
 NOT_PART_OF_THE_RUN = frozenset(
     "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every sample_every evaluate_tasks "
-    "evaluate_data evaluate_limit accept_other_data data_workers micro_batch_size compile max_epochs".split()
+    "evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size compile max_epochs".split()
 )
 """Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
 
 
 def config_fields() -> dict[str, dataclasses.Field]:
     """The fields a user may set, by name, in the order of their sections."""
-    by_class = [cls for cls in Config.__mro__[::-1] if dataclasses.is_dataclass(cls)]
-    order = [name for section in by_class for name in section.__annotations__]
+    order = [name for section in (*Config.__bases__, Config) for name in section.__annotations__]
     known = {f.name: f for f in dataclasses.fields(Config) if not f.metadata.get("internal")}
     return {name: known[name] for name in dict.fromkeys(order) if name in known}
 
@@ -210,11 +210,13 @@ def parse_config(arguments: list[str]) -> tuple[Config, list[str]]:
     problems: list[str] = []
     config_file, overrides = _split_arguments(arguments, problems)
     values = _read_yaml(config_file, problems) if config_file else {}
-    if values.get("max_steps") is not None and values.get("max_tokens") is not None:
+    length_unknown = values is None  # what the file would have said is not missing as well
+    values = values or {}
+    if len(_lengths(values)) == 2:
         problems.append(f"max_steps and max_tokens: {config_file} gives both; keep one")
-    if {"max_steps", "max_tokens"} <= overrides.keys():
+    if len(_lengths(overrides)) == 2:
         problems.append("--max_steps and --max_tokens: both given; keep one")
-    if {"max_steps", "max_tokens"} & overrides.keys():
+    if _lengths(overrides):
         values.pop("max_steps", None)
         values.pop("max_tokens", None)
     config = Config(name=Path(config_file).stem if config_file else "run")
@@ -230,12 +232,21 @@ def parse_config(arguments: list[str]) -> tuple[Config, list[str]]:
             continue
         try:
             setattr(config, name, _convert(value, hints[name]))
-        except ValueError:
+        except (ValueError, OverflowError):
             problems.append(f"{name}: {value!r} ({source}) is not {_describe(hints[name])}")
+            length_unknown |= name in ("max_steps", "max_tokens")
+    if config.max_steps is None and config.max_tokens is None and not length_unknown:
+        problems.append("max_steps: neither max_steps nor max_tokens is set; give one")
     if config.output_dir is None:
         config.output_dir = str(Path("runs") / config.name)
-    config.n_positions = config.n_positions or config.sequence_length
+    if config.n_positions is None:
+        config.n_positions = max(1, config.sequence_length)
     return config, problems + _range_problems(config)
+
+
+def _lengths(source: dict) -> list[str]:
+    """The lengths of the run that `source` gives; null, as in a run's config.yaml, gives none."""
+    return [name for name in ("max_steps", "max_tokens") if source.get(name) not in (None, "null")]
 
 
 def _split_arguments(arguments: list[str], problems: list[str]) -> tuple[str | None, dict[str, str]]:
@@ -272,20 +283,21 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str, problems: list[str]) -> dict:
+def _read_yaml(path: str, problems: list[str]) -> dict | None:
+    """The values of the file, None if it cannot be read."""
     if not Path(path).is_file():
         problems.append(f"{path}: no such config file; the presets are in configs/")
-        return {}
+        return None
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problems.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
-        return {}
+        return None
     if values is None:
         return {}
     if not isinstance(values, dict):
         problems.append(f"{path}: expected `field: value` lines, found {type(values).__name__}")
-        return {}
+        return None
     return {str(name): value for name, value in values.items()}
 
 
@@ -314,10 +326,9 @@ def _convert(value: object, hint: object) -> object:
         if isinstance(value, str) and _INTEGER.fullmatch(value):
             return int(value)
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
         # PyYAML reads 6e-4, which has no dot, as a string.
-        if isinstance(value, str) and _NUMBER.fullmatch(value):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (is_number or (isinstance(value, str) and _NUMBER.fullmatch(value))) and math.isfinite(float(value)):
             return float(value)
     elif hint is str and isinstance(value, str) and value:
         return value
@@ -339,7 +350,7 @@ _AT_LEAST = {
     "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
     "sample_every": 0, "evaluate_limit": 1,
 }  # fmt: skip
-_BELOW_ONE = ("beta1", "beta2")
+_BELOW = {"beta1": 1, "beta2": 1, "seed": 2**64}
 
 
 def _range_problems(config: Config) -> list[str]:
@@ -348,14 +359,14 @@ def _range_problems(config: Config) -> list[str]:
         value = getattr(config, name)
         if value is not None and not value >= least:
             problems.append(f"{name}: {value} is below {least}")
-    for name in _BELOW_ONE:
-        if getattr(config, name) >= 1:
-            problems.append(f"{name}: {getattr(config, name)} must be below 1")
-    if config.max_steps is None and config.max_tokens is None:
-        problems.append("max_steps: neither max_steps nor max_tokens is set; give one")
+    for name, limit in _BELOW.items():
+        if getattr(config, name) >= limit:
+            problems.append(f"{name}: {getattr(config, name)} must be below {limit}")
     if config.n_head > 0 and config.n_embd % config.n_head:
-        problems.append(f"n_head: {config.n_head} heads do not divide n_embd {config.n_embd}")
-    if config.sequence_length > config.n_positions:
+        lower = config.n_embd - config.n_embd % config.n_head
+        choices = " or ".join(str(n) for n in (lower, lower + config.n_head) if n > 0)
+        problems.append(f"n_head: {config.n_head} heads do not divide n_embd {config.n_embd}; n_embd {choices} works")
+    if 0 < config.n_positions < config.sequence_length:
         problems.append(
             f"sequence_length: {config.sequence_length} is longer than n_positions {config.n_positions}; raise n_positions"
         )
@@ -364,8 +375,11 @@ def _range_problems(config: Config) -> list[str]:
     except ValueError:
         problems.append(f"skip_rows: {config.skip_rows!r} is not a list of ranges; write it as 1200-1263,5000")
     if config.tokenizer.startswith("train:"):
-        size = config.tokenizer.removeprefix("train:")
-        if not _INTEGER.fullmatch(size) or not 257 <= int(size) <= 65_536:
+        try:
+            valid = 257 <= _convert(config.tokenizer.removeprefix("train:"), int) <= 65_536
+        except ValueError:
+            valid = False
+        if not valid:
             problems.append(f"tokenizer: {config.tokenizer}: VOCAB_SIZE must be a whole number from 257 to 65536")
     return problems
 
@@ -378,8 +392,8 @@ def parse_ranges(text: str | None) -> list[tuple[int, int]]:
     """
     ranges = []
     for part in text.split(",") if text else []:
-        first, _, last = part.strip().partition("-")
-        ranges.append((int(first), int(last or first)))
+        first, dash, last = part.strip().partition("-")
+        ranges.append((int(first), int(last if dash else first)))
         if ranges[-1][0] > ranges[-1][1] or int(first) < 0:
             raise ValueError(part)
     return ranges

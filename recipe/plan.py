@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from recipe.config import Config, ConfigError, parse_config
 from recipe.data.corpus import check_data_exists
@@ -51,6 +52,22 @@ def make_plan(config: Config, num_processes: int) -> Plan:
         ConfigError: if batch_tokens is not micro_batch_size x sequence_length x ranks x a whole accumulation, or the
             warm-up does not fit the run.
     """
+    problems = _batch_problems(config, num_processes) + _warmup_problems(config)
+    if problems:
+        raise ConfigError(*problems)
+    max_steps = _max_steps(config)
+    return Plan(
+        num_processes=num_processes,
+        tokens_per_step=config.batch_tokens,
+        accumulation=config.batch_tokens // (config.micro_batch_size * config.sequence_length * num_processes),
+        rows_per_step=config.batch_tokens // config.sequence_length,
+        max_steps=max_steps,
+        warmup_steps=_warmup_steps(config, max_steps),
+        total_tokens=max_steps * config.batch_tokens,
+    )
+
+
+def _batch_problems(config: Config, num_processes: int) -> list[str]:
     problems = []
     tokens_per_micro_step = config.micro_batch_size * config.sequence_length * num_processes
     accumulation, rest = divmod(config.batch_tokens, tokens_per_micro_step)
@@ -67,24 +84,29 @@ def make_plan(config: Config, num_processes: int) -> Plan:
             f"batch_tokens: {config.batch_tokens} is not a multiple of micro_batch_size {config.micro_batch_size} x "
             f"sequence_length {config.sequence_length} x {num_processes} ranks = {tokens_per_micro_step}; {remedy} works"
         )
-    max_steps = config.max_steps or math.ceil(config.max_tokens / config.batch_tokens)
-    share = config.warmup_steps < 1
-    warmup = round(config.warmup_steps * max_steps) if share else int(config.warmup_steps)
-    if not share and warmup != config.warmup_steps:
+    return problems
+
+
+def _max_steps(config: Config) -> int:
+    return config.max_steps or -(-config.max_tokens // config.batch_tokens)
+
+
+def _warmup_steps(config: Config, max_steps: int) -> int:
+    return round(config.warmup_steps * max_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
+
+
+def _warmup_problems(config: Config) -> list[str]:
+    problems = []
+    max_steps = _max_steps(config)
+    warmup = _warmup_steps(config, max_steps)
+    if config.warmup_steps >= 1 and warmup != config.warmup_steps:
         problems.append(f"warmup_steps: {config.warmup_steps} is neither a whole number nor a share below 1")
-    if warmup >= max_steps > 1:
-        problems.append(f"warmup_steps: {warmup} steps of warm-up do not fit a run of {max_steps} steps")
-    if problems:
-        raise ConfigError(*problems)
-    return Plan(
-        num_processes=num_processes,
-        tokens_per_step=config.batch_tokens,
-        accumulation=accumulation,
-        rows_per_step=config.batch_tokens // config.sequence_length,
-        max_steps=max_steps,
-        warmup_steps=warmup,
-        total_tokens=max_steps * config.batch_tokens,
-    )
+    if warmup >= max_steps and not warmup == max_steps == 1:
+        problems.append(
+            f"warmup_steps: {warmup} steps of warm-up do not fit a run of {max_steps} steps; set fewer, or a share below 1 "
+            "such as 0.05"
+        )
+    return problems
 
 
 def load_run(arguments: list[str], num_processes: int) -> tuple[Config, Plan]:
@@ -94,21 +116,29 @@ def load_run(arguments: list[str], num_processes: int) -> tuple[Config, Plan]:
         ConfigError: with all problems of both, and those of local paths.
     """
     config, problems = parse_config(arguments)
-    plan = None
-    try:
-        plan = make_plan(config, num_processes)
-    except ConfigError as error:
-        problems += error.problems
-    except (ArithmeticError, TypeError):
-        assert problems  # the numbers are out of range, which is among the problems already
+    # Numbers out of range are among the problems already; nothing sensible can be derived from them.
+    if min(config.batch_tokens, config.micro_batch_size, config.sequence_length) >= 1:
+        problems += _batch_problems(config, num_processes)
+        if (config.max_steps or config.max_tokens or 0) >= 1:
+            problems += _warmup_problems(config)
     problems += check_data_exists("data", config.data)
     if config.validation_data is not None:
         problems += check_data_exists("validation_data", config.validation_data)
-    if config.evaluate_data not in (None, "mini"):
-        problems += check_data_exists("evaluate_data", config.evaluate_data)
+    problems += _evaluate_data_problems(config)
     if problems:
         raise ConfigError(*problems)
-    return config, plan
+    return config, make_plan(config, num_processes)
+
+
+def _evaluate_data_problems(config: Config) -> list[str]:
+    data, problems = config.evaluate_data, []
+    if data not in (None, "mini") and not Path(data).is_file():
+        problems.append(f"evaluate_data: {data} is not a file that exists; give a HellaSwag-format .jsonl, or mini")
+    if data is not None and config.evaluate_tasks not in ("hellaswag", "none"):
+        problems.append(
+            f"evaluate_data: local data stands for hellaswag, not for {config.evaluate_tasks}; set --evaluate_tasks hellaswag"
+        )
+    return problems
 
 
 def count_parameters(config: Config, vocab_size: int) -> int:
@@ -138,4 +168,4 @@ PEAK_BF16_FLOPS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of a GPU by its name, or None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)

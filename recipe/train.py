@@ -144,6 +144,10 @@ class Run:
                 "validation_data: the text differs from what the run began with; restore it, or name another output_dir"
             )
         model = build_model(config, self.encoder.vocab_size, self.encoder.end_of_text)
+        if start and {n: t.shape for n, t in start.masters().items()} != {
+            n.removeprefix("gpt2."): p.shape for n, p in model.named_parameters()
+        }:
+            raise ConfigError(f"resume: {start.path} holds another model; give its n_layer, n_embd and n_positions")
         self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
         self.best_val_loss = float("inf")
         if start:
@@ -369,7 +373,7 @@ class Run:
 
         def write() -> Path:
             saved = checkpoint.save(self.folder.checkpoints, full_state, state, step)
-            checkpoint.rotate(self.folder.checkpoints, self.config.keep_checkpoints)
+            checkpoint.rotate(self.folder.checkpoints, self.config.keep_checkpoints, saved.path)
             return saved.path
 
         path = self.distributed.on_main(write)

@@ -11,9 +11,9 @@ model and dataset repositories, keeps a log of them, and breaks answers as a tes
 
 The clients read HF_ENDPOINT when they are imported, so client code belongs in a subprocess.
 
-Unlike huggingface.co, the server sends large files itself (there, each request for one is redirected to a storage
-host and so costs two), answers 404 for a missing repository whoever asks (there, 401 without a token), compresses
-nothing, and knows only repositories with a namespace.
+Unlike huggingface.co, the server sends large files itself (there, each request for one is redirected to a signed address
+on a storage host and so costs two; `HubServer(cdn=True)` does that), answers 404 for a missing repository whoever asks
+(there, 401 without a token), compresses nothing, and knows only repositories with a namespace.
 """
 
 import contextlib
@@ -165,27 +165,44 @@ class HubServer:
     """The server: a context manager that listens on a free port of 127.0.0.1 until it is left.
 
     Leaving it raises the first exception of a route or a fault hook, so that a mistake there fails the test.
+
+    Args:
+        cdn: redirect requests for LFS files to a signed address on a second port, valid until `expire_signatures()`.
+        port: to listen on; 0 for a free one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cdn: bool = False, port: int = 0) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}  # by type ("model", "dataset") and id
         self.requests: list[Request] = []  # in the order of arrival
         self.fault: Callable[[Request], Fault | None] | None = None  # called for one request at a time
         self.page_size = 1000  # entries in a page of a tree listing, as on the real Hub (50 if expanded)
         self.errors: list[BaseException] = []
         self.lock, self.closing = threading.Lock(), threading.Event()
-        self._http = _HttpServer(("127.0.0.1", 0), _Handler)
-        self._http.hub = self
-        self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
+        self.stored: dict[str, Blob] = {}  # on the storage host, by sha256
+        self.signature = 0  # the one that the storage host takes
+        self._hosts = [_HttpServer(self, address) for address in [("127.0.0.1", port), ("127.0.0.1", 0)][: 1 + cdn]]
+        self.endpoint, *storage = [f"http://127.0.0.1:{host.server_port}" for host in self._hosts]
+        self.storage = storage[0] if storage else None
+
+    @property
+    def connections(self) -> int:
+        """TCP connections that were made so far."""
+        return sum(host.connections for host in self._hosts)
+
+    def expire_signatures(self) -> None:
+        """Refuse the signed addresses that were given out so far."""
+        self.signature += 1
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        for host in self._hosts:
+            threading.Thread(target=host.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.closing.set()  # wakes the answers that are delayed or paced
-        self._http.shutdown()
-        self._http.server_close()
+        for host in self._hosts:
+            host.shutdown()
+            host.server_close()
         if self.errors and kind is None:
             raise self.errors[0]
 
@@ -282,6 +299,25 @@ def resolve(hub: HubServer, request: Request, repo: Repo, revision: str, path: s
     headers = {"X-Repo-Commit": sha, "ETag": f'"{blob.git_oid}"', "Accept-Ranges": "bytes"}
     if "lfs" in blob.entry(path):
         headers |= {"ETag": f'"{blob.sha256}"', "X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
+        if hub.storage:
+            hub.stored[blob.sha256] = blob
+            headers["Location"] = f"{hub.storage}/storage/{blob.sha256}?Expires=1&Signature=s3cr3t{hub.signature}"
+            return Answer(302, b"", 0, 0, headers)
+    return _content(request, blob, headers)
+
+
+def stored(hub: HubServer, request: Request, sha256: str) -> Answer:
+    """A file on the storage host: for whoever has a signature that is still good, and no second authorization."""
+    if "authorization" in request.headers:
+        return Answer(400, b"", 0, 0, {})
+    if request.query.get("Signature") != [f"s3cr3t{hub.signature}"]:
+        return Answer(403, b"", 0, 0, {})
+    blob = hub.stored[sha256]
+    return _content(request, blob, {"ETag": f'"{blob.sha256}"', "Accept-Ranges": "bytes"})
+
+
+def _content(request: Request, blob: Blob, headers: dict[str, str]) -> Answer:
+    """A file or the one range of it that is asked for."""
     wanted = re.fullmatch(r"bytes=(?=.*\d)(\d*)-(\d*)", request.headers.get("range", ""))
     if not wanted or request.method == "HEAD" or (request.fault and request.fault.ignore_range):
         return Answer(200, blob.content, 0, blob.size, headers)
@@ -306,12 +342,20 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", _REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", tree),
     ("POST", _REPO + r"/paths-info/(?P<revision>[^/]+)", paths_info),
     ("GET", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+    ("GET", r"/storage/(?P<sha256>[0-9a-f]{64})", stored),
 ]
 
 
 class _HttpServer(ThreadingHTTPServer):
     request_queue_size = 128  # the default, 5, makes a burst of connections wait a second for the next SYN
-    hub: HubServer
+
+    def __init__(self, hub: HubServer, address: tuple[str, int]) -> None:
+        super().__init__(address, _Handler)
+        self.hub, self.connections = hub, 0
+
+    def process_request(self, request: object, client_address: object) -> None:
+        self.connections += 1  # in the one thread that accepts
+        super().process_request(request, client_address)
 
     def handle_error(self, request: object, client_address: object) -> None:
         error = sys.exc_info()[1]
@@ -340,8 +384,9 @@ class _Handler(BaseHTTPRequestHandler):
         broken = None if fault.status is None else Answer(fault.status, fault.body, 0, len(fault.body), {})
         answer = broken or hub.answer(request)
         request.status = answer.status
-        self.send_response(answer.status)
-        for name, value in {**answer.headers, "Content-Length": answer.stop - answer.start, **fault.headers}.items():
+        self.send_response_only(answer.status)
+        headers = {"Date": self.date_time_string(), **answer.headers, "Content-Length": answer.stop - answer.start}
+        for name, value in {**headers, **fault.headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "HEAD":

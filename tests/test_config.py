@@ -20,6 +20,7 @@ from recipe.config import (
     help_text,
     load_config,
     parse_config,
+    parse_ranges,
     to_yaml,
 )
 
@@ -411,6 +412,26 @@ def test_vocabulary_sizes_that_cannot_be(size):
     assert problem == f"tokenizer: train:{size}: VOCAB_SIZE must be a whole number from 257 to 65536"
 
 
+@pytest.mark.parametrize(
+    "text, ranges",
+    [
+        (None, []),
+        ("0", [(0, 0)]),
+        ("7-7", [(7, 7)]),
+        ("1200-1263,5000", [(1200, 1263), (5000, 5000)]),
+        ("3, 1-2", [(3, 3), (1, 2)]),
+    ],
+)
+def test_skipped_rows(text, ranges):
+    assert parse_ranges(text) == ranges
+    assert not problems_of([*STEPS, *([f"--skip_rows={text}"] if text else [])])
+
+
+@pytest.mark.parametrize("text", ["5-3", "-5", "5-", "a", "1,,2", "1-2-3", "1.5", "1:2", ","])
+def test_skipped_rows_that_are_none(text):
+    assert the_problem([*STEPS, f"--skip_rows={text}"]).startswith(f"skip_rows: {text!r} is not a list of ranges; ")
+
+
 @pytest.mark.parametrize("size", ["257", "65536", "4_096"])
 def test_vocabulary_sizes_that_can_be(size):
     assert not problems_of([*STEPS, "--tokenizer", f"train:{size}"])
@@ -428,12 +449,12 @@ def test_all_problems_come_at_once(write):
 # --- what is documented -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", config_fields())
-def test_every_field_is_described(name):
-    assert field_docs()[name].endswith(".")
-    lines = help_text("pretrain.py").splitlines()
-    assert [n for n, line in enumerate(lines) if line.startswith(f"  --{name}  ") and "(default: " in line]
-    assert f"      {field_docs()[name]}" in lines
+def test_every_field_is_described():
+    docs, lines = field_docs(), help_text("pretrain.py").splitlines()
+    for name in config_fields():
+        assert docs[name].endswith("."), name
+        (position,) = [n for n, line in enumerate(lines) if line.startswith(f"  --{name}  ")]
+        assert "(default: " in lines[position] and lines[position + 1] == f"      {docs[name]}"
 
 
 def test_help_names_the_default_and_the_choices():
@@ -471,6 +492,7 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "n_positions": lambda rng: 4096 + rng.randrange(1000),
     "sequence_length": lambda rng: 1 + rng.randrange(4096),
     "tokenizer": lambda rng: rng.choice([f"train:{rng.randint(257, 65_536)}", "some/folder", "./train: x"]),
+    "skip_rows": lambda rng: rng.choice([None, "7", "1200-1263,5000"]),
     "beta1": lambda rng: rng.random(),
     "beta2": lambda rng: rng.random(),
     "dry_run": lambda rng: False,
@@ -519,7 +541,7 @@ def test_to_yaml_has_every_field_but_dry_run():
 # --- imports ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["recipe", "recipe.config", "recipe.plan"])
+@pytest.mark.parametrize("module", ["recipe", "recipe.config", "recipe.plan", "recipe.run_folder", "recipe.cli"])
 def test_imports_are_light(module):
     code = f"import sys, {module}; print(*{{'torch', 'transformers', 'datasets', 'pyarrow'}} & sys.modules.keys())"
     began = time.perf_counter()

@@ -243,12 +243,11 @@ def test_an_endless_warmup_is_a_problem_not_a_crash(value):
 # --- evaluate_data shows up front, not after days of training ------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["missing.jsonl", "eval/missing", "/missing", "folder", "plain.txt"])
-def test_evaluate_data_must_be_a_jsonl_file(tmp_path, monkeypatch, value):
+@pytest.mark.parametrize("value", ["missing.jsonl", "eval/missing", "/missing", "folder"])
+def test_evaluate_data_must_be_a_file(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.jsonl").write_text("{}\n")
-    (tmp_path / "plain.txt").write_text("text\n")
     (problem,) = load_problems("--max_steps", "1000", "--evaluate_data", value)
     assert problem.startswith(f"evaluate_data: {value} ") and "jsonl" in problem and "USER/NAME" not in problem
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import make_documents
 from launch import PRETRAIN, ROOT, TINY, environment, options
 

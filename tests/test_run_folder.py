@@ -101,6 +101,28 @@ def test_fields_that_may_not_differ_are_named_with_both_values(claimed, name):
     )
 
 
+@pytest.mark.parametrize("name", ["data", "validation_data", "tokenizer"])
+@pytest.mark.parametrize(
+    "there, now, same",
+    [
+        ("/old/place", "./new/place", True),  # what it holds is compared by its fingerprint
+        ("/old/a.parquet", "b.txt", True),
+        ("user/name@1", "user/name@1", True),
+        ("user/name@1", "user/name@2", False),
+        ("/old/place", "user/name", False),
+        ("installed-docs", "/old/place", False),
+        ("train:300", "train:400", False),
+        ("train:300", "/old/place", False),
+    ],
+)
+def test_text_and_tokenizer_may_move_but_not_change(folder, name, there, now, same):
+    folder.claim(make_config(**{name: there}), {})
+    if same:
+        assert folder.check(make_config(**{name: now})) is True
+    else:
+        assert f"{name} is {there} there and {now} now" in refusal(folder, make_config(**{name: now}))
+
+
 def test_all_differences_are_named(claimed):
     problem = refusal(claimed, make_config(n_layer=3, seed=7, data="other.txt", save_every=1))
     assert problem.count(" there and ") == 3

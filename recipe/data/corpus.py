@@ -306,8 +306,8 @@ def _parquet_units(corpus: Corpus, file: int) -> list[Unit]:
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise ConfigError(f"{corpus.files[file]}: {corpus.text_column} does not hold text; set text_column to another column")
     groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
-    # Each value has its length, 4 bytes, in front.
-    sizes = [max(0, group.column(column).total_uncompressed_size - 4 * group.num_rows) for group in groups]
+    # Each value has its length, 4 bytes, in front, unless repeated values are stored once: then this is too small.
+    sizes = [max(group.num_rows, group.column(column).total_uncompressed_size - 4 * group.num_rows) for group in groups]
     return [Unit(file, g, g + 1, size) for g, size in enumerate(sizes) if groups[g].num_rows]
 
 
@@ -389,6 +389,8 @@ def _parse_line(corpus: Corpus, path: str, line: bytes) -> str | None:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ConfigError(f"{path} has no key {corpus.text_column}; set text_column to one of {keys}")
     text = record[corpus.text_column]
+    if not isinstance(text, str | None):
+        raise ConfigError(f"{path}: {corpus.text_column} does not hold text; set text_column to another key")
     if isinstance(text, str) and b"\\u" in line:
         # Half a surrogate pair, which is no text, becomes U+FFFD.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

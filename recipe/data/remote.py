@@ -1,8 +1,8 @@
 """Files on the Hub, read by ranges of bytes that are checked, for runs that last longer than the network holds.
 
-A read either gives exactly the bytes that the file has there, however often it took to get them, or raises an error that
-names the file, the rank and the last reason. It ends within a budget that is below the time-out of the collectives, so
-that the rank that cannot read is the one that says so.
+A read gives exactly the bytes that the file has there, or raises an error that names the file, the rank and the last
+reason; it ends within a budget below the time-out of the collectives, so that the rank that cannot read is the one that
+says so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ BUFFER_BYTES = 1 << 20
 MAX_REDIRECTS = 5
 
 _URL = re.compile(r"hf://datasets/(?P<repo>[^/@]+(/[^/@]+)?)@(?P<revision>refs/(convert|pr)/[^/]+|[^/]+)/(?P<path>.+)")
-_REDIRECTS = {301, 302, 303, 307, 308}
 _RETRIED = {408, 425, 429, 500, 502, 503, 504, *range(520, 528)}  # 520 on: Cloudflare cannot reach the server behind it
 _EXPIRED = {400, 401, 403, 410}  # how storage hosts answer a signature that has expired
 _REMEDIES = {
@@ -41,7 +40,7 @@ _REMEDIES = {
 }
 # huggingface_hub moved from httpx to httpx2; its own error derives from the base of the errors of either.
 _HttpError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-_SECRET = re.compile(r"hf_\w+|(?<=Bearer )[^\s'\"]+|(?<=\?)[^\s'\"]+")
+_SECRET = re.compile(r"(?<=Bearer )[^\s'\"]+|(?<=\?)[^\s'\"]+|hf_\w+")
 
 _lock = threading.Lock()
 _statistics = {"requests": 0, "bytes": 0, "retries": 0, "redirects": 0}
@@ -182,14 +181,14 @@ class RemoteFile(io.RawIOBase):
         """One attempt, until `end` (time.monotonic) at most; raises _Fault."""
         policy, began = self._policy, time.monotonic()
         transfer = _Transfer(self._hub_url, start, stop, self.size, policy)
-        transfer.start()
-        while transfer.is_alive():
+        transfer.thread.start()
+        while transfer.thread.is_alive():
             limit = began + policy.connect_s + policy.grace_s + transfer.received / policy.min_bytes_per_s
             left = min(limit, end) - time.monotonic()
             if left <= 0:
                 transfer.abandoned = True
                 raise _Fault(f"too slow, {transfer.received} of {stop - start} bytes in {time.monotonic() - began:.1f} s")
-            transfer.join(left)
+            transfer.thread.join(left)
         if transfer.fault:
             raise transfer.fault
         return transfer.content
@@ -203,21 +202,20 @@ class _Fault(Exception):
         self.reason, self.retried, self.retry_after_s, self.expired = reason, retried, retry_after_s, expired
 
 
-class _Transfer(threading.Thread):
+class _Transfer:
     """The requests of one attempt, on a thread of their own so that the reader can stop waiting for them at any time: no
     time-out of the HTTP library covers the look-up of a name, a row of dead addresses or a head that trickles in. An
     abandoned transfer closes its connection at the next byte, or at the read time-out."""
 
     def __init__(self, hub_url: str, start: int, stop: int, size: int, policy: RetryPolicy):
-        super().__init__(name="hub-read", daemon=True)
         self._hub_url, self._start, self._stop, self._size = hub_url, start, stop, size
         self._timeout = (policy.connect_s, policy.grace_s, policy.grace_s, policy.connect_s)  # connect, read, write, pool
-        self.received = 0
-        self.abandoned = False
+        self.received, self.abandoned = 0, False
         self.content = b""
         self.fault: _Fault | None = None
+        self.thread = threading.Thread(target=self._run, name="hub-read", daemon=True)
 
-    def run(self) -> None:
+    def _run(self) -> None:
         try:
             if is_offline_mode():
                 raise _Fault("HF_HUB_OFFLINE is set", retried=False)
@@ -239,7 +237,7 @@ class _Transfer(threading.Thread):
             _count(requests=1)
             # Redirects are followed here, so that the headers are those for the host and the last address is known.
             with get_session().stream("GET", url, headers=headers, timeout=self._timeout, follow_redirects=False) as response:
-                if response.status_code in _REDIRECTS and "Location" in response.headers:
+                if response.has_redirect_location:
                     url = urljoin(url, response.headers["Location"])
                     _count(redirects=1)
                     continue
@@ -255,7 +253,7 @@ class _Transfer(threading.Thread):
         if status == 200:
             raise _Fault("status 200 instead of 206: a server or proxy on the way ignores Range")
         if status != 206:
-            said = (f"status {status} {response.reason_phrase}", headers.get("X-Error-Message"), _REMEDIES.get(status))
+            said = (f"status {status} {response.reason_phrase}", _REMEDIES.get(status), headers.get("X-Error-Message"))
             expired = redirected and status in _EXPIRED
             raise _Fault("; ".join(filter(None, said)), status in _RETRIED, _retry_after_s(headers), expired)
         wanted = f"bytes {self._start}-{self._stop - 1}/{self._size}"
@@ -291,9 +289,12 @@ def _retry_after_s(headers) -> float | None:
     if re.fullmatch(r"[0-9]+", value):
         return float(value)
     try:
-        # Against the server's clock: ours may be wrong.
-        now = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
-        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
-    except (TypeError, ValueError):  # no date, or one without a time zone
+        now = _date(headers["Date"]) if "Date" in headers else datetime.now(UTC)  # the server's clock: ours may be wrong
+        return max(0.0, (_date(value) - now).total_seconds())
+    except ValueError:  # neither
         window = re.search(r"\br=0\s*;\s*t=([0-9]+)", headers.get("RateLimit", ""))
         return float(window[1]) if window else None
+
+
+def _date(value: str) -> datetime:
+    return parsedate_to_datetime(value).replace(tzinfo=UTC)  # RFC 9110: always GMT, however it is written

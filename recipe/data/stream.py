@@ -198,7 +198,7 @@ class RowStream:
             self._pool.shutdown(cancel_futures=True)
 
     def _restore(self, state: dict) -> list[Cursor]:
-        theirs, ours = state["fingerprint"], self.fingerprint
+        theirs, ours = (_before(state["rows"], fingerprint) for fingerprint in (state["fingerprint"], self.fingerprint))
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key):
                 difference = f"the checkpoint's data differs in {key}: {theirs.get(key)} there, {ours.get(key)} now"
@@ -294,3 +294,9 @@ class RowStream:
         self._filling = [
             self._pool.submit(self._packers[shard].fill, wanted, epoch) for shard in live if shard in self._packers
         ]
+
+
+def _before(row: int, fingerprint: dict) -> dict:
+    """A fingerprint with only those left-out rows that lie before `row`: later ones may still be added to a run."""
+    spans = [[first, min(last, row - 1)] for first, last in fingerprint["skip_rows"] if first < row]
+    return {**fingerprint, "skip_rows": sorted(spans)}
