@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from recipe.config import Config
+from recipe.loss import head_losses
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this: 50,257 becomes 50,304, which the matrix units like better."""
@@ -80,9 +80,8 @@ class PretrainingModel(nn.Module):
         # Slices of [batch, sequence + 1] are not contiguous, which compiled embedding and loss kernels would pay for.
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
-        logits = self.gpt2.lm_head(hidden).float()
-        logits = logits[..., : self.vocab_size]
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        losses = head_losses(hidden.flatten(0, 1), self.gpt2.lm_head.weight, targets.flatten(), self.vocab_size)
+        return losses.view_as(targets)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,8 +1,7 @@
 """Files on the Hub, read by ranges of bytes that are checked, for runs that last longer than the network holds.
 
-A read gives exactly the bytes that the file has there, or raises an error that names the file, the rank and the last
-reason; it ends within a budget below the time-out of the collectives, so that the rank that cannot read is the one that
-says so.
+A read gives exactly the bytes that the file has there, or raises an error that names the file, the rank and the reason,
+within a budget below the time-out of the collectives: the rank that cannot read is the one that says so.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ from huggingface_hub.utils import build_hf_headers
 
 from recipe.data.corpus import DataError
 
-BUDGET_S = 300.0
-"""Seconds for one read with all attempts and waits: half of the ten minutes after which a collective gives up."""
+BUDGET_S = 420.0
+"""Seconds for one read with all attempts and waits: above the five minutes of the Hub's rate-limit window, below
+the ten after which a collective gives up."""
 BUFFER_BYTES = 1 << 20
 """Buffer for files that are read line by line: io.BufferedReader(RemoteFile(url, size), BUFFER_BYTES)."""
 MAX_REDIRECTS = 5
@@ -42,8 +42,7 @@ _REMEDIES = {
 _HttpError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 _SECRET = re.compile(r"(?<=Bearer )[^\s'\"]+|(?<=\?)[^\s'\"]+|hf_\w+")
 
-_lock = threading.Lock()
-_statistics = {"requests": 0, "bytes": 0, "retries": 0, "redirects": 0}
+_lock, _statistics = threading.Lock(), {"requests": 0, "bytes": 0, "retries": 0, "redirects": 0}
 _storage_urls: dict[str, str] = {}
 """Where the Hub keeps a file, by its address on the Hub: signed, valid for about an hour, and the same for all handles."""
 
@@ -53,8 +52,7 @@ class RemoteReadError(DataError):
 
 
 def statistics() -> dict[str, int]:
-    """What this process has asked for so far: requests (redirects included), bytes of content received (also of attempts
-    that failed), retries and redirects."""
+    """This process's requests (redirects included), bytes of content received (also in vain), retries and redirects."""
     with _lock:
         return dict(_statistics)
 
@@ -151,14 +149,14 @@ class RemoteFile(io.RawIOBase):
         policy, rank, began = self._policy, os.environ.get("RANK", "0"), time.monotonic()
         end = began + self._budget_s
         rng = random.Random(f"{rank} {self.url} {start}")  # the ranks must not come back all at once
-        attempts, renewed = 0, False
+        attempts, renewed, reason = 0, False, ""
         while True:
             attempts += 1
             try:
                 return self._attempt(start, stop, end)
             except _Fault as fault:
-                reason, wait_s = fault.reason, min(policy.max_backoff_s, policy.backoff_s * 2 ** min(attempts - 1, 20))
-                wait_s *= rng.uniform(0.5, 1)
+                before, reason = reason, fault.reason
+                wait_s = min(policy.max_backoff_s, policy.backoff_s * 2 ** min(attempts - 1, 20)) * rng.uniform(0.5, 1)
                 if fault.expired or attempts > 2:  # a host that keeps failing may not be the one that the Hub names by now
                     _storage_urls.pop(self._hub_url, None)
                 if fault.expired and not renewed:
@@ -172,7 +170,9 @@ class RemoteFile(io.RawIOBase):
                     break
             _count(retries=1)
             time.sleep(wait_s)
-        # Not chained, and cleaned: causes hold signed addresses, and may quote a header.
+        # The budget cuts the last attempt short, so the one before may tell more. Not chained, and cleaned: causes hold
+        # signed addresses, and may quote a header.
+        reason += f"; before: {before}" if before not in ("", reason) else ""
         reason = _SECRET.sub("...", " ".join(reason.split()))[:500]
         spent = f"attempts: {attempts}, time: {time.monotonic() - began:.1f} s of {self._budget_s:g} s"
         raise RemoteReadError(f"cannot read {self.url}, bytes {start} to {stop}, on rank {rank}: {reason} ({spent})")
@@ -187,7 +187,7 @@ class RemoteFile(io.RawIOBase):
             left = min(limit, end) - time.monotonic()
             if left <= 0:
                 transfer.abandoned = True
-                raise _Fault(f"too slow, {transfer.received} of {stop - start} bytes in {time.monotonic() - began:.1f} s")
+                raise _Fault(f"only {transfer.received} of {stop - start} bytes in {time.monotonic() - began:.1f} s")
             transfer.thread.join(left)
         if transfer.fault:
             raise transfer.fault
@@ -235,7 +235,7 @@ class _Transfer:
             # A compressed answer would not be the bytes that were asked for.
             headers |= {"Range": f"bytes={self._start}-{self._stop - 1}", "Accept-Encoding": "identity"}
             _count(requests=1)
-            # Redirects are followed here, so that the headers are those for the host and the last address is known.
+            # Redirects are followed here: each host gets its own headers, and the last address is kept.
             with get_session().stream("GET", url, headers=headers, timeout=self._timeout, follow_redirects=False) as response:
                 if response.has_redirect_location:
                     url = urljoin(url, response.headers["Location"])
