@@ -5,7 +5,9 @@ Nothing here imports torch before the configuration is known to be good, so that
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
@@ -47,9 +49,18 @@ def main(arguments: list[str]) -> int:
         return EXIT_CONFIG
 
 
+def _follow_the_launcher() -> None:
+    """Ask Linux for a SIGTERM when the launcher dies: launchers start their workers in sessions of their own, so that a
+    launcher that is killed, or that does not forward a signal, would leave them training on for hours."""
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _train(config: Config, plan: Plan, folder: RunFolder, rank: int) -> int:
     from recipe.train import Run
 
+    _follow_the_launcher()
     run = Run(config, plan, folder)
     try:
         stopped_by = run.execute()

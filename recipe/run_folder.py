@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -22,6 +24,8 @@ PACKAGES = (
 ).split()
 
 
+LOCK_WAIT_S = 30
+"""Seconds to wait for a run that is still saving in the folder."""
 PATHS = ("data", "validation_data", "tokenizer")
 """Fields that may name a folder, which may lie elsewhere when the run goes on: the text is compared by its fingerprint, and
 the tokenizer is kept in the run."""
@@ -74,6 +78,33 @@ class RunFolder:
                 "output_dir, or give the same values to continue it"
             )
         return True
+
+    def lock(self) -> None:
+        """Keep other runs out of the folder until this process ends, however it ends.
+
+        A run that was told to stop may still be saving: it is waited for.
+
+        Raises:
+            ConfigError: if another process trains here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (held until the process ends)
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    self._lock.seek(0)
+                    raise ConfigError(
+                        f"output_dir: {self.path} is being trained in by {self._lock.read().strip() or 'another process'}; "
+                        "stop it, or choose another output_dir"
+                    ) from None
+                time.sleep(0.2)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._lock.flush()
 
     def claim(self, config: Config, environment: dict) -> None:
         """Create the folder and write config.yaml and environment.json; on a continued run they are rewritten."""

@@ -72,7 +72,6 @@ class Run:
         self._stop_signal: int | None = None
         self._pending: list[tuple[dict[str, Any], StepResult, StepTimer]] = []
         self._skipped_in_a_row = 0
-        self._seconds_per_step = 0.0
 
     def execute(self) -> signal.Signals | None:
         """Set up, train, and on rank 0 export and evaluate. The signal that stopped the training early, if one did."""
@@ -107,6 +106,7 @@ class Run:
 
     def _set_up(self) -> None:
         config, distributed = self.config, self.distributed
+        distributed.on_main(self.folder.lock)
         self.precision = resolve_precision(config.precision, distributed.cuda)
         training, validation = distributed.on_main(
             open_corpora, config.data, config.validation_data, config.text_column, self.folder.cache
@@ -295,7 +295,6 @@ class Run:
         self.metrics.write(lines)
         self._pending = []
         recent = float(np.median([line["step_seconds"] for line in lines]))
-        self._seconds_per_step = recent
         left = (self.plan.max_steps - lines[-1]["step"]) * recent
         self.say(progress_line(lines[-1], self.plan.max_steps, left))
         self._record_position(lines[-1]["step"])

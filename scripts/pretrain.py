@@ -21,4 +21,9 @@ if __name__ == "__main__":
         sys.exit(0)
     from recipe.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: native threads of the libraries now and then abort the interpreter's clean-up, after all work is done,
+    # and the launcher would report a finished rank as failed.
+    os._exit(code)

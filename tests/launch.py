@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,30 @@ def launch(accelerate_file: str, *arguments: str, timeout: float = 240) -> subpr
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done
+
+
+def worker_pids(launcher: int) -> list[int]:
+    """The processes that a launcher has started; they are in sessions of their own, so that killing its group spares them."""
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, parent = int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue  # it ended while we looked
+        if parent == launcher:
+            children += [pid, *worker_pids(pid)]
+    return children
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the workers and their launcher, and wait until they are gone."""
+    pids = worker_pids(process.pid)
+    assert pids, "the launcher has no workers"
+    for pid in [*pids, process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.01)
 
 
 def metrics(run: Path) -> list[dict]:

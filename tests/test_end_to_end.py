@@ -15,7 +15,19 @@ import pytest
 import yaml
 
 from hub_server import HubServer, client_environment
-from launch import PRETRAIN, ROOT, TINY, accelerate_command, environment, launch, losses, metrics, options
+from launch import (
+    PRETRAIN,
+    ROOT,
+    TINY,
+    accelerate_command,
+    environment,
+    kill_all,
+    launch,
+    losses,
+    metrics,
+    options,
+    worker_pids,
+)
 from recipe.files import sha256
 
 STEPS, SAVE_EVERY = 24, 6
@@ -54,7 +66,7 @@ def start(*command: str) -> subprocess.Popen:
 def test_the_run_folder_has_its_layout(finished: Path) -> None:
     entries = {path.name for path in finished.iterdir()}
     assert entries == {
-        "config.yaml", "environment.json", "status.json", "metrics.jsonl", "checkpoints", "eval", "export", "cache"
+        "config.yaml", "environment.json", "status.json", "metrics.jsonl", "checkpoints", "eval", "export", "cache", ".lock"
     }  # fmt: skip
     status = json.loads((finished / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, STEPS)
@@ -130,22 +142,48 @@ def test_the_lm_eval_command_and_evaluate_give_the_runs_numbers(finished: Path, 
     assert json.loads(again.read_text())["tasks"]["hellaswag"] == ours
 
 
-def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, finished: Path, fineweb_folder: Path) -> None:
-    folder = tmp_path / "killed"
-    arguments = fields(fineweb_folder, folder, **EVALUATION)
+KILLED_STEPS = 120
+"""Long enough that a kill behind step 12 comes before the end also on a busy machine."""
+
+
+def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, fineweb_folder: Path) -> None:
+    more = {"max_steps": KILLED_STEPS, "eval_every": 40}
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    launch("2cpu-zero1", *fields(fineweb_folder, undisturbed, **more))
+    arguments = fields(fineweb_folder, folder, **more)
     process = start(*accelerate_command("2cpu-zero1", *arguments))
     wait_for((folder / "checkpoints" / "step-00000012" / "MANIFEST.json").is_file, process, "checkpoint at step 12")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    survivors = [p for p in (folder / "checkpoints").glob("step-*") if (p / "MANIFEST.json").is_file()]
-    assert survivors and not (folder / "checkpoints" / "step-00000024").exists(), "the kill came too late"
+    kill_all(process)
+    assert not (folder / "checkpoints" / f"step-{KILLED_STEPS:08d}").exists(), "the kill came too late"
+    assert json.loads((folder / "status.json").read_text())["state"] == "running"
     output = launch("2cpu-zero1", *arguments).stdout
     assert "continuing from" in output
-    assert losses(folder) == losses(finished)
+    assert losses(folder) == losses(undisturbed)
     for name in ("model.safetensors", "optimizer.safetensors"):
-        theirs, ours = (run / "checkpoints" / "step-00000024" / name for run in (finished, folder))
+        theirs, ours = (run / "checkpoints" / f"step-{KILLED_STEPS:08d}" / name for run in (undisturbed, folder))
         assert sha256(theirs) == sha256(ours)
-    assert [r for r in metrics(folder) if "val_loss" in r] == [r for r in metrics(finished) if "val_loss" in r]
+    assert [r for r in metrics(folder) if "val_loss" in r] == [r for r in metrics(undisturbed) if "val_loss" in r]
+
+
+def test_workers_of_a_killed_launcher_save_and_stop(tmp_path: Path, fineweb_folder: Path) -> None:
+    folder = tmp_path / "orphaned"
+    process = start(*accelerate_command("2cpu-zero1", *fields(fineweb_folder, folder, max_steps=2000, max_epochs=50, save_every=5)))
+    wait_for((folder / "checkpoints" / "step-00000005" / "MANIFEST.json").is_file, process, "checkpoint at step 5")
+    workers = worker_pids(process.pid)
+    assert len(workers) >= 2
+    # A second run in the same folder has to wait and is refused.
+    second = [sys.executable, PRETRAIN, *fields(fineweb_folder, folder, max_steps=2000, max_epochs=50, save_every=5)]
+    busy = subprocess.Popen(second, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _, message = busy.communicate(timeout=90)
+    assert busy.returncode == 2 and "is being trained in by process" in message
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive their launcher"
+        time.sleep(0.1)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    assert (folder / "checkpoints" / f"step-{status['step']:08d}" / "MANIFEST.json").is_file()
 
 
 def test_sigterm_saves_and_the_run_goes_on(tmp_path: Path, finished: Path, fineweb_folder: Path) -> None:
