@@ -40,13 +40,18 @@ def main(arguments: list[str]) -> int:
         return _train(config, plan, folder, rank)
     except ConfigError as error:
         if rank == 0:
-            count = len(error.problems)
-            print(f"{count} problem{'s' * (count > 1)} with the configuration or the input:", file=sys.stderr)
-            print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+            report_problems(error)
         else:
             # The launcher ends all ranks when the first one exits: rank 0 must have spoken by then.
             time.sleep(2)
         return EXIT_CONFIG
+
+
+def report_problems(error: ConfigError) -> None:
+    """Print the problems on stderr, one a line."""
+    count = len(error.problems)
+    print(f"{count} problem{'s' * (count > 1)} with the configuration or the input:", file=sys.stderr)
+    print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr, flush=True)
 
 
 def _follow_the_launcher() -> None:

@@ -41,7 +41,8 @@ class ConfigError(ValueError):
 class DataConfig:
     data: str = FINEWEB
     """Training text: a Hub dataset `USER/NAME[:config][@revision]`; a folder, file or glob of .parquet, .jsonl, .jsonl.gz
-    or .txt; or `installed-docs`, the documentation of the installed Python packages."""
+    or .txt; `installed-docs`, the documentation of the installed Python packages; or what scripts/prepare_data.py made of
+    one of these, a folder or a Hub dataset."""
     validation_data: str | None = None
     """Validation text, in the same forms. Default: the validation split of `data`, else its first documents."""
     validation_tokens: int = 10_485_760

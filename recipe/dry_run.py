@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from recipe.config import INSTALLED_DOCS, Config, to_yaml
 from recipe.data.corpus import hub_id, is_local
+from recipe.data.token_index import is_prepared, read_index
 from recipe.plan import Plan
 
 
@@ -13,7 +16,9 @@ def dry_run(config: Config, plan: Plan) -> None:
     print(to_yaml(config))
     local = config.tokenizer.startswith("train:") or is_local(config.tokenizer)
     vocab_size = None
-    if config.tokenizer.startswith("train:"):
+    if is_prepared(config.data):
+        vocab_size = read_index(Path(config.data).expanduser(), "data")["vocab_size"]
+    elif config.tokenizer.startswith("train:"):
         vocab_size = int(config.tokenizer.removeprefix("train:"))
     elif local:
         from recipe.tokenizer import load_tokenizer

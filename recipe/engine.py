@@ -12,8 +12,10 @@ import contextlib
 import io
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -102,6 +104,25 @@ class Distributed:
         if error is not None:
             raise error
         return result
+
+    def on_each_node(self, function) -> None:
+        """Run a function on the first rank of each node, however long it takes; its error is raised on every rank."""
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(function) if first else None
+            # Waiting in one collective would end with its time-out, in a long download.
+            while self.any(future is not None and not future.done()):
+                time.sleep(0.2)
+        error = future.exception() if future else None
+        failed = np.zeros(self.num_ranks, dtype=np.int64)
+        failed[self.rank] = error is not None
+        failed = np.flatnonzero(self.sum(failed))
+        if len(failed) and self.num_ranks > 1:
+            box = [error]
+            dist.broadcast_object_list(box, src=int(failed[0]), group=self._cpu_group)
+            error = box[0]
+        if error is not None:
+            raise error
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of every rank's tensor, on the device."""

@@ -16,6 +16,7 @@ import yaml
 
 from recipe.config import INSTALLED_DOCS, NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, to_yaml
 from recipe.data.corpus import is_local
+from recipe.data.token_index import is_prepared
 from recipe.files import write_json, write_text
 
 PACKAGES = (
@@ -65,12 +66,14 @@ class RunFolder:
                 f"resume: {self.path} holds a run already; drop `resume none` to continue it, or choose another output_dir"
             )
         theirs = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        # Text and its tokens are the same data: which tokens they are is compared when they are opened.
+        prepared = any(is_prepared(data) for data in (theirs.get("data") or "", config.data))
         differing = [
             f"{name} is {theirs.get(name)} there and {getattr(config, name)} now"
             for name in config_fields()
             if name not in NOT_PART_OF_THE_RUN
             and theirs.get(name) != getattr(config, name)
-            and not (name in PATHS and _is_path(theirs.get(name)) and _is_path(getattr(config, name)))
+            and not (name in PATHS and (prepared or _is_path(theirs.get(name)) and _is_path(getattr(config, name))))
         ]
         if differing:
             raise ConfigError(

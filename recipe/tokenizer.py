@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    from recipe.data.corpus import Corpus
+
 END_OF_TEXT = "<|endoftext|>"
+TRAINING_BYTES = 32 << 20
+"""Text that a `train:VOCAB_SIZE` tokenizer sees; more changes few merges."""
 
 _PROBE = (
     "It's 12,345 o'clock;  the naïve Straße\n\n\tdef f(x):\r\n    return x[0] ** 2   # 中文 русский 🙂\x00\u200d "
@@ -53,6 +57,32 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer: {name} has no end-of-text token, which separates the documents")
     return tokenizer
+
+
+def obtain_tokenizer(name: str, training: Corpus, hold_out_part: bool) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a configuration, or train it on the beginning of the training text.
+
+    Args:
+        name: Hub id, folder or `train:VOCAB_SIZE`.
+        hold_out_part: what may be held out of `training` for validation stays unseen.
+    Raises:
+        ConfigError: if it cannot be loaded, or there is no text to train it on.
+    """
+    if not name.startswith("train:"):
+        return load_tokenizer(name)
+    from recipe.data.validation import LARGEST_SHARE
+
+    held_out = training.text_bytes // LARGEST_SHARE if hold_out_part else 0
+    texts, size = [], 0
+    for text in (text for unit in training.units for text in training.read(unit)):
+        size += len(text.encode("utf-8", "surrogatepass"))
+        if size > held_out:
+            texts.append(text)
+        if size > held_out + TRAINING_BYTES:
+            break
+    if not texts:
+        raise ConfigError(f"tokenizer: {training.name} is too small to train a tokenizer on; name one instead")
+    return train_tokenizer(texts, int(name.removeprefix("train:")))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -119,6 +149,11 @@ class Encoder:
     def is_fast(self) -> bool:
         """Whether tiktoken encodes."""
         return self._tiktoken is not None
+
+    @property
+    def engine(self) -> str:
+        """What encodes, for people."""
+        return "tiktoken" if self.is_fast else "tokenizers"
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Each document as an array of ids, the end-of-text token in front."""

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ import torch
 from recipe import checkpoint
 from recipe.config import Config, ConfigError, parse_ranges
 from recipe.data.corpus import Corpus, open_corpora
+from recipe.data.prepared import PreparedCorpus, encoder_for, load_prepared_tokenizer
 from recipe.data.stream import RowStream
-from recipe.data.validation import LARGEST_SHARE, check_length, hold_out, read_validation_rows
+from recipe.data.validation import check_length, hold_out, read_validation_rows
 from recipe.engine import Distributed, Engine, StepResult, make_engine, resolve_precision
 from recipe.files import write_json
 from recipe.model import build_model, continue_text
@@ -28,12 +28,10 @@ from recipe.optim.schedule import learning_rate
 from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.publish.finish import finish_run
 from recipe.run_folder import RunFolder, describe_environment
-from recipe.tokenizer import Encoder, load_tokenizer, train_tokenizer
+from recipe.tokenizer import Encoder, load_tokenizer, obtain_tokenizer
 
 SAMPLE_PROMPTS = ("The", "In this example", "Once upon a time")
 SAMPLE_TOKENS = 64
-TOKENIZER_TRAINING_BYTES = 32 << 20
-"""Text that a `train:VOCAB_SIZE` tokenizer sees; more changes few merges."""
 MAX_SKIPPED_IN_A_ROW = 3
 
 
@@ -70,6 +68,7 @@ class Run:
         self.step = 0
         """Optimizer steps done."""
         self._stop_signal: int | None = None
+        self._parent = os.getppid()
         self._pending: list[tuple[dict[str, Any], StepResult, StepTimer]] = []
         self._skipped_in_a_row = 0
 
@@ -95,9 +94,11 @@ class Run:
             print(line, flush=True)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._stop_signal is not None:
-            sys.exit(128 + number)  # the second one means now
-        self._stop_signal = number
+        # A launcher that dies sends its SIGTERM once for each of its threads. A second signal from anybody else means now.
+        if self._stop_signal is None:
+            self._stop_signal, self._signalled = number, time.monotonic()
+        elif time.monotonic() - self._signalled > 3 and os.getppid() == self._parent:
+            os._exit(128 + number)
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name() if self.distributed.cuda else f"CPU ({torch.get_num_threads()} threads a rank)"
@@ -111,12 +112,16 @@ class Run:
         training, validation = distributed.on_main(
             open_corpora, config.data, config.validation_data, config.text_column, self.folder.cache
         )
+        for corpus in (training, validation):
+            if isinstance(corpus, PreparedCorpus):
+                distributed.on_each_node(corpus.fetch)
         self.tokenizer = distributed.on_main(self._obtain_tokenizer, training, validation is None)
         self.encoder = Encoder(self.tokenizer)
+        encoder = encoder_for(training, self.encoder, "data")
         self.validation_rows, training = self._split_validation(training, validation)
         self.say(
             distributed.on_main(
-                check_length, training, self.encoder, config.sequence_length, self.plan.total_tokens, config.max_epochs
+                check_length, training, encoder, config.sequence_length, self.plan.total_tokens, config.max_epochs
             )
             + f"; {self.validation_rows.shape[0] * config.sequence_length:,} validation tokens"
         )
@@ -125,7 +130,7 @@ class Run:
         try:
             self.stream = RowStream(
                 training,
-                self.encoder,
+                encoder,
                 config.sequence_length,
                 config.seed,
                 config.max_epochs,
@@ -157,7 +162,7 @@ class Run:
             self.say(f"continuing from {start.path} at step {start.step}")
         if distributed.is_main:
             environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
-            self.folder.claim(config, environment)
+            self.folder.claim(config, environment | {"text": training.name})
             self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
             self.folder.status("running", None, self.step, self.step * self.plan.tokens_per_step)
         distributed.barrier()
@@ -170,34 +175,25 @@ class Run:
             self.say(line)
         self.say(
             f"engine            {type(self.engine).__name__}, {self.precision}, tokenised by "
-            f"{'tiktoken' if self.encoder.is_fast else 'tokenizers'}, {self.stream.num_shards} virtual shards"
+            f"{encoder.engine}, {self.stream.num_shards} virtual shards"
         )
 
     def _obtain_tokenizer(self, training: Corpus, hold_out_part: bool):
+        if isinstance(training, PreparedCorpus):
+            return load_prepared_tokenizer(training, self.config.tokenizer)
         saved = self.folder.cache / "tokenizer"
         if saved.is_dir():
             return load_tokenizer(str(saved))
-        if not self.config.tokenizer.startswith("train:"):
-            return load_tokenizer(self.config.tokenizer)
-        # What may be held out for validation stays unseen.
-        held_out = training.text_bytes // LARGEST_SHARE if hold_out_part else 0
-        texts, size = [], 0
-        for text in (text for unit in training.units for text in training.read(unit)):
-            size += len(text.encode("utf-8", "surrogatepass"))
-            if size > held_out:
-                texts.append(text)
-            if size > held_out + TOKENIZER_TRAINING_BYTES:
-                break
-        if not texts:
-            raise ConfigError(f"tokenizer: {training.name} is too small to train a tokenizer on; name one instead")
-        return train_tokenizer(texts, int(self.config.tokenizer.removeprefix("train:")))
+        return obtain_tokenizer(self.config.tokenizer, training, hold_out_part)
 
     def _split_validation(self, training: Corpus, validation: Corpus | None) -> tuple[np.ndarray, Corpus]:
         config = self.config
         if validation is None:
-            return self.distributed.on_main(hold_out, training, self.encoder, config.sequence_length, config.validation_tokens)
+            encoder = encoder_for(training, self.encoder, "data")
+            return self.distributed.on_main(hold_out, training, encoder, config.sequence_length, config.validation_tokens)
+        encoder = encoder_for(validation, self.encoder, "validation_data")
         rows = self.distributed.on_main(
-            read_validation_rows, validation, self.encoder, config.sequence_length, config.validation_tokens
+            read_validation_rows, validation, encoder, config.sequence_length, config.validation_tokens
         )
         return rows, training
 

@@ -167,13 +167,15 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, fineweb_fold
 
 def test_workers_of_a_killed_launcher_save_and_stop(tmp_path: Path, fineweb_folder: Path) -> None:
     folder = tmp_path / "orphaned"
-    process = start(*accelerate_command("2cpu-zero1", *fields(fineweb_folder, folder, max_steps=2000, max_epochs=50, save_every=5)))
+    arguments = fields(fineweb_folder, folder, max_steps=2000, max_epochs=50, save_every=5)
+    process = start(*accelerate_command("2cpu-zero1", *arguments))
     wait_for((folder / "checkpoints" / "step-00000005" / "MANIFEST.json").is_file, process, "checkpoint at step 5")
     workers = worker_pids(process.pid)
     assert len(workers) >= 2
     # A second run in the same folder has to wait and is refused.
-    second = [sys.executable, PRETRAIN, *fields(fineweb_folder, folder, max_steps=2000, max_epochs=50, save_every=5)]
-    busy = subprocess.Popen(second, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    busy = subprocess.Popen(
+        [sys.executable, PRETRAIN, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     _, message = busy.communicate(timeout=90)
     assert busy.returncode == 2 and "is being trained in by process" in message
     os.kill(process.pid, signal.SIGKILL)

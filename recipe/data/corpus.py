@@ -154,8 +154,12 @@ def hub_id(data: str) -> tuple[str, str | None]:
 
 def check_data_exists(name: str, data: str) -> list[str]:
     """Problems with a local `data` that show without opening it; `name` is the field."""
-    if data == INSTALLED_DOCS or not is_local(data):
+    from recipe.data.token_index import is_half_prepared, is_prepared
+
+    if data == INSTALLED_DOCS or not is_local(data) or is_prepared(data):
         return []
+    if is_half_prepared(data):
+        return [f"{name}: {data} is half prepared; finish it with the command that began it (scripts/prepare_data.py)"]
     if _local_files(data):
         return []
     if os.path.exists(os.path.expanduser(data)):
@@ -171,14 +175,21 @@ def open_corpora(data: str, validation_data: str | None, text_column: str, cache
     Raises:
         ConfigError: for missing, empty or unreadable data, naming the file.
     """
-    splits = _resolve(data, cache, "data")
-    if not splits["train"]:
+    from recipe.data.prepared import open_prepared
+
+    prepared = open_prepared(data, "data")
+    splits = {} if prepared else _resolve(data, cache, "data")
+    if not prepared and not splits["train"]:
         raise ConfigError(f"data: {data} has no training files, only {sorted(splits)}")
-    training = _open(data, splits["train"], text_column, "data")
+    training = prepared[0] if prepared else _open(data, splits["train"], text_column, "data")
     if validation_data is not None:
-        other = _resolve(validation_data, cache, "validation_data")
-        files = other["validation"] or other["train"]
-        return training, _open(validation_data, files, text_column, "validation_data")
+        other = open_prepared(validation_data, "validation_data")
+        if other:
+            return training, other[1] or other[0]
+        others = _resolve(validation_data, cache, "validation_data")
+        return training, _open(validation_data, others["validation"] or others["train"], text_column, "validation_data")
+    if prepared:
+        return prepared
     if splits["validation"]:
         return training, _open(data, splits["validation"], text_column, "data")
     return training, None

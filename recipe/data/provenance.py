@@ -12,6 +12,7 @@ import numpy as np
 from recipe.config import Config, ConfigError, load_config, parse_ranges
 from recipe.data.corpus import Corpus, Unit, open_corpora
 from recipe.data.packing import SHUFFLE_WINDOW
+from recipe.data.prepared import PreparedCorpus, encoder_for
 from recipe.data.stream import RowStream, Span
 from recipe.plan import make_plan
 from recipe.run_folder import RunFolder
@@ -56,6 +57,8 @@ class BatchTracer:
             raise ConfigError(f"{run} has recorded no position of its text yet; let it train a few steps")
         fingerprint = self._positions[0]["fingerprint"]
         corpus, _ = open_corpora(self.config.data, self.config.validation_data, self.config.text_column, folder.cache)
+        if isinstance(corpus, PreparedCorpus):
+            corpus.fetch()
         units = corpus.units[len(corpus.units) - fingerprint["units"] :]
         units[0] = replace(units[0], skip=fingerprint["held_out"])
         self.corpus: Corpus = corpus.with_units(units)
@@ -76,7 +79,7 @@ class BatchTracer:
         start = known[-1]
         stream = RowStream(
             self.corpus,
-            Encoder(self.tokenizer),
+            encoder_for(self.corpus, Encoder(self.tokenizer), "data"),
             self.config.sequence_length,
             self.config.seed,
             self.config.max_epochs,

@@ -10,6 +10,7 @@ import numpy as np
 
 from recipe.config import ConfigError
 from recipe.data.corpus import Corpus
+from recipe.data.prepared import PreparedCorpus
 from recipe.data.stream import number_of_shards
 from recipe.tokenizer import Encoder
 
@@ -92,6 +93,8 @@ def _take_rows(
 
 def count_tokens(corpus: Corpus, encoder: Encoder) -> tuple[int, bool]:
     """Tokens of an epoch, and whether that is exact rather than estimated from a sample of the units."""
+    if isinstance(corpus, PreparedCorpus):
+        return corpus.tokens, True
     exact = corpus.text_bytes <= EXACT_COUNT_BYTES
     units = corpus.units if exact else corpus.units[:: max(1, len(corpus.units) // 8)][:8]
     tokens, unit_bytes = 0.0, 0

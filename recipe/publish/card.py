@@ -25,6 +25,7 @@ def write_card(folder: RunFolder) -> Path:
     """Write export/README.md from config.yaml, environment.json, metrics.jsonl and eval/*.json."""
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    config["data"] = environment.get("text", config["data"])  # of prepared tokens, the text that they were made from
     records = read_metrics(folder.metrics)
     text = ModelCard(f"---\n{_metadata(config).to_yaml()}\n---\n\n{_body(folder, config, environment, records)}")
     path = folder.export / "README.md"
