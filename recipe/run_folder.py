@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -48,6 +49,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.positions = self.cache / "positions.jsonl"
         self.config = path / "config.yaml"
+        self._lock: TextIO | None = None
 
     def check(self, config: Config) -> bool:
         """Whether the folder holds a run already.
@@ -90,6 +92,8 @@ class RunFolder:
         Raises:
             ConfigError: if another process trains here.
         """
+        if self._lock is not None:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (held until the process ends)
         deadline = time.monotonic() + LOCK_WAIT_S
@@ -110,7 +114,8 @@ class RunFolder:
         self._lock.flush()
 
     def claim(self, config: Config, environment: dict) -> None:
-        """Create the folder and write config.yaml and environment.json; on a continued run they are rewritten."""
+        """Create and lock the folder and write config.yaml and environment.json; on a continued run they are rewritten."""
+        self.lock()
         for folder in (self.path, self.checkpoints, self.evaluation, self.cache):
             folder.mkdir(parents=True, exist_ok=True)
         write_text(self.config, to_yaml(config))

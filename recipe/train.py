@@ -107,7 +107,10 @@ class Run:
 
     def _set_up(self) -> None:
         config, distributed = self.config, self.distributed
-        distributed.on_main(self.folder.lock)
+        if self.folder.config.is_file():
+            # Before looking for a checkpoint: a run that was told to stop may still be saving one. A new folder is made, and
+            # locked, only when the input has proved good.
+            distributed.on_main(self.folder.lock)
         self.precision = resolve_precision(config.precision, distributed.cuda)
         training, validation = distributed.on_main(
             open_corpora, config.data, config.validation_data, config.text_column, self.folder.cache
@@ -160,12 +163,7 @@ class Run:
             self.step = start.step
             self.best_val_loss = state["best_val_loss"]
             self.say(f"continuing from {start.path} at step {start.step}")
-        if distributed.is_main:
-            environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
-            self.folder.claim(config, environment | {"text": training.name})
-            self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
-            self.folder.status("running", None, self.step, self.step * self.plan.tokens_per_step)
-        distributed.barrier()
+        distributed.on_main(self._claim_folder, training.name)
         self.metrics = MetricsLog(
             self.folder.metrics if distributed.is_main else Path(os.devnull),
             (start.step if start else -1) if distributed.is_main else None,
@@ -177,6 +175,12 @@ class Run:
             f"engine            {type(self.engine).__name__}, {self.precision}, tokenised by "
             f"{encoder.engine}, {self.stream.num_shards} virtual shards"
         )
+
+    def _claim_folder(self, text: str) -> None:
+        environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
+        self.folder.claim(self.config, environment | {"text": text})
+        self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
+        self.folder.status("running", None, self.step, self.step * self.plan.tokens_per_step)
 
     def _obtain_tokenizer(self, training: Corpus, hold_out_part: bool):
         if isinstance(training, PreparedCorpus):
