@@ -24,6 +24,9 @@ APPENDED = {
     "accelerate launch": "",  # see below
     "python scripts/pretrain.py": "",
     "python scripts/evaluate.py": "--data mini --limit 8",
+    "python scripts/prepare_data.py": "",
+    "python scripts/benchmark.py": "--sequence_length 64 --batch_tokens 4096 --micro_batch_size 1 --seconds 1",
+    "python scripts/inspect_data.py": "",
     "lm_eval": "--include_path runs/gpt2-124m/eval/tasks --device cpu --limit 8",
     "hf auth login": "--help",
     "hf upload": "--help",
