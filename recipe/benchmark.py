@@ -10,6 +10,7 @@ from typing import Any
 
 from recipe.config import Config, parse_ranges
 from recipe.data.corpus import open_corpora
+from recipe.data.prepared import PreparedCorpus, encoder_for
 from recipe.data.stream import RowStream
 from recipe.plan import Plan
 from recipe.tokenizer import Encoder, load_tokenizer
@@ -29,7 +30,9 @@ def benchmark_loader(config: Config, plan: Plan, seconds: float) -> dict[str, An
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
         corpus, _ = open_corpora(config.data, config.validation_data, config.text_column, Path(cache))
-        encoder = Encoder(tokenizer)
+        if isinstance(corpus, PreparedCorpus):
+            corpus.fetch()
+        encoder = encoder_for(corpus, Encoder(tokenizer), "data")
         stream = RowStream(
             corpus,
             encoder,
@@ -56,7 +59,7 @@ def benchmark_loader(config: Config, plan: Plan, seconds: float) -> dict[str, An
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "cpu_seconds_per_second": (time.process_time() - cpu) / elapsed,
             "virtual_shards": stream.num_shards,
-            "tokenised_by": "tiktoken" if getattr(encoder, "is_fast", False) else "tokenizers",
+            "tokenised_by": encoder.engine,
         }
         stream.close()
     return result

@@ -149,7 +149,8 @@ def test_check_changes_nothing(claimed):
 
 
 def test_claim_describes_the_run(claimed):
-    assert sorted(p.name for p in claimed.path.iterdir()) == ["cache", "checkpoints", "config.yaml", "environment.json", "eval"]
+    made = {".lock", "cache", "checkpoints", "config.yaml", "environment.json", "eval"}
+    assert {p.name for p in claimed.path.iterdir()} == made
     assert claimed.config.read_text() == to_yaml(make_config())
     assert json.loads((claimed.path / "environment.json").read_text()) == {"ranks": 1}
     assert not claimed.export.exists() and not claimed.metrics.exists()
@@ -177,7 +178,7 @@ def test_status_is_replaced_whole(claimed):
     claimed.status("failed", 1, 7, 448, "RuntimeError: no", 3)
     expected = {"state": "failed", "exit_code": 1, "step": 7, "tokens": 448, "reason": "RuntimeError: no", "rank": 3}
     assert json.loads(path.read_text()) == expected
-    assert not list(claimed.path.glob(".*"))
+    assert [p.name for p in claimed.path.glob(".*")] == [".lock"]
 
 
 # --- environment --------------------------------------------------------------------------------------------------
