@@ -37,6 +37,11 @@ class ConfigError(ValueError):
         return "\n".join(self.problems)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, short enough to stand in a problem: its first line, or its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     data: str = FINEWEB

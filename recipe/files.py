@@ -44,3 +44,14 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file with a JSON object a line; none if it does not exist, and without a line cut off by a crash."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

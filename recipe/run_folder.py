@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -180,16 +179,3 @@ def _driver_version() -> str | None:
         return pynvml.nvmlSystemGetDriverVersion()
     except Exception:  # no package, no driver, no permission: the record stays without it
         return None
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records

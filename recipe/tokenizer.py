@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recipe.config import ConfigError
+from recipe.config import ConfigError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,7 +47,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     except Exception as error:  # the Hub client, JSON and transformers raise a dozen types here; all mean the same
         where = "folder" if folder.exists() else "Hub id or folder"
         raise ConfigError(
-            f"tokenizer: cannot load {where} {name}: {_first_line(error)}; name a Hub id, a folder with vocab.json and "
+            f"tokenizer: cannot load {where} {name}: {first_line(error)}; name a Hub id, a folder with vocab.json and "
             "merges.txt or tokenizer.json, or train:VOCAB_SIZE"
         ) from error
     if not tokenizer.is_fast:
@@ -223,7 +223,3 @@ def _byte_characters() -> dict[int, str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in set(printable))
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +148,19 @@ class Run:
             raise ConfigError(f"data: {error}; restore it, name another output_dir, or set accept_other_data") from error
         for accepted in self.stream.accepted:
             self.say(f"accepted: {accepted}")
-        if state and state["validation_rows"] != self._validation_hash():
+        if state and state["validation_rows"] != self._validation_hash:
             raise ConfigError(
                 "validation_data: the text differs from what the run began with; restore it, or name another output_dir"
             )
         model = build_model(config, self.encoder.vocab_size, self.encoder.end_of_text)
-        if start and {n: t.shape for n, t in start.masters().items()} != {
-            n.removeprefix("gpt2."): p.shape for n, p in model.named_parameters()
-        }:
+        full_state = start.full_state() if start else {}
+        shapes = {n: t.shape for n, t in full_state.items() if n.startswith("model.")}
+        if start and shapes != {f"model.{n.removeprefix('gpt2.')}": p.shape for n, p in model.named_parameters()}:
             raise ConfigError(f"resume: {start.path} holds another model; give its n_layer, n_embd and n_positions")
         self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
         self.best_val_loss = float("inf")
         if start:
-            self.engine.load_full_state(start.full_state())
+            self.engine.load_full_state(full_state)
             self.step = start.step
             self.best_val_loss = state["best_val_loss"]
             self.say(f"continuing from {start.path} at step {start.step}")
@@ -201,6 +202,7 @@ class Run:
         )
         return rows, training
 
+    @cached_property
     def _validation_hash(self) -> str:
         return hashlib.sha256(self.validation_rows.tobytes()).hexdigest()
 
@@ -364,7 +366,7 @@ class Run:
             "tokens": step * self.plan.tokens_per_step,
             "data": data,
             "best_val_loss": self.best_val_loss,
-            "validation_rows": self._validation_hash(),
+            "validation_rows": self._validation_hash,
             "ranks": self.plan.num_processes,
             "engine": type(self.engine).__name__,
             "precision": self.precision,

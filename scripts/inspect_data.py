@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,7 +27,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from recipe.config import ConfigError
-    from recipe.data.provenance import BatchTracer, as_json, describe_source
+    from recipe.data.provenance import BatchTracer, describe_source
 
     try:
         tracer = BatchTracer(arguments.run)
@@ -36,7 +37,7 @@ def main() -> int:
         return 2
     shown = [source for source in sources if source.row < arguments.rows]
     if arguments.json:
-        print(json.dumps([as_json(source) for source in shown], indent=2))
+        print(json.dumps([asdict(source) for source in shown], indent=2))
         return 0
     print(f"step {arguments.step}: {len(rows)} rows of {rows.shape[1] - 1} targets")
     for row in range(min(arguments.rows, len(rows))):

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from recipe.files import read_json_lines
 from recipe.monitor.metrics import MetricsLog, format_duration, progress_line
-from recipe.run_folder import read_metrics
 
 
 def log(path, records, resume_step=None):
@@ -17,7 +17,7 @@ def log(path, records, resume_step=None):
 
 
 def steps(path) -> list[int]:
-    return [record["step"] for record in read_metrics(path)]
+    return [record["step"] for record in read_json_lines(path)]
 
 
 def test_records_are_appended_one_a_line(tmp_path):

@@ -11,7 +11,8 @@ import yaml
 
 from recipe import run_folder
 from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, load_config, to_yaml
-from recipe.run_folder import RunFolder, describe_environment, read_metrics
+from recipe.files import read_json_lines
+from recipe.run_folder import RunFolder, describe_environment
 
 
 def make_config(**fields) -> Config:
@@ -236,15 +237,17 @@ def test_without_git_there_is_no_commit(checkout, monkeypatch):
     assert describe_environment(1, "E", "fp32")["commit"] is None
 
 
-# --- read_metrics -------------------------------------------------------------------------------------------------
+# --- read_json_lines -------------------------------------------------------------------------------------------------
 
 
 def test_metrics_without_a_file(tmp_path):
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_json_lines(tmp_path / "metrics.jsonl") == []
 
 
 @pytest.mark.parametrize("last", ["", '{"step": 2, "tr', "{", '{"step": 2}', '{"step": 2}\n'])
 def test_metrics_leave_out_a_line_cut_off(tmp_path, last):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train_loss": null}\n' + last)
-    assert read_metrics(path) == [{"step": 1, "train_loss": None}] + ([{"step": 2}] if last.startswith('{"step": 2}') else [])
+    assert read_json_lines(path) == [{"step": 1, "train_loss": None}] + (
+        [{"step": 2}] if last.startswith('{"step": 2}') else []
+    )

@@ -21,7 +21,7 @@ from glob import glob
 from itertools import islice
 from pathlib import Path
 
-from recipe.config import INSTALLED_DOCS, ConfigError
+from recipe.config import INSTALLED_DOCS, ConfigError, first_line
 
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".json.gz": "jsonl.gz", ".txt": "txt"}
 """Formats by file ending."""
@@ -106,7 +106,7 @@ class Corpus:
         except DataError:
             raise
         except Exception as error:  # pyarrow, gzip, json and the network raise a dozen types; the remedy is one
-            raise DataError(f"cannot read {path}: {_first_line(error)}") from error
+            raise DataError(f"cannot read {path}: {first_line(error)}") from error
 
     def _documents(self, unit: Unit) -> Iterator[str]:
         path = self.files[unit.file]
@@ -239,11 +239,11 @@ def _resolve_hub(data: str, name: str) -> dict[str, list[str]]:
         raise ConfigError(f"{name}: {parts['repo']} has no revision {parts['revision']}") from error
     except (ConnectionError, OfflineModeIsEnabled) as error:
         raise ConfigError(
-            f"{name}: the Hub cannot be reached for {data} ({_first_line(error)}); check the network, or use local text "
+            f"{name}: the Hub cannot be reached for {data} ({first_line(error)}); check the network, or use local text "
             "(--data FOLDER) or --data installed-docs"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"{name}: {data}: {_first_line(error)}") from error
+        raise ConfigError(f"{name}: {data}: {first_line(error)}") from error
     files = builder.config.data_files or {}
     if not files:
         raise ConfigError(f"{name}: {data} has no data files that `datasets` can list")
@@ -292,9 +292,9 @@ def _open(name: str, files: list[str], text_column: str, config_field: str) -> C
         except ConfigError as error:
             problems += [f"{config_field}: {p}" for p in error.problems]
         except DataError as error:
-            problems.append(f"{config_field}: {_first_line(error)}")
+            problems.append(f"{config_field}: {first_line(error)}")
         except Exception as error:
-            problems.append(f"{config_field}: cannot read {path}: {_first_line(error)}; replace or remove the file")
+            problems.append(f"{config_field}: cannot read {path}: {first_line(error)}; replace or remove the file")
     if problems:
         raise ConfigError(*problems)
     if not corpus.text_bytes:
@@ -440,10 +440,6 @@ def _next_paragraph(handle: io.BufferedIOBase, position: int) -> int:
         if not handle.readline().strip():
             return handle.tell()
     return line_end
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _UNITS = {"parquet": _parquet_units, "jsonl": _jsonl_units, "jsonl.gz": _jsonl_gz_units, "txt": _txt_units}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from recipe.config import ConfigError, DataConfig
+from recipe.config import ConfigError, DataConfig, first_line
 from recipe.data.corpus import Corpus, DataError, Unit, hub_id, is_local
 from recipe.data.token_index import (
     INDEX,
@@ -104,8 +104,9 @@ class PreparedCorpus(Corpus):
             try:
                 snapshot_download(repo, repo_type="dataset", revision=commit)
             except Exception as error:  # the Hub client raises a dozen types; the remedy is one
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ConfigError(f"data: cannot download {repo}@{commit}: {reason}; start again to go on") from error
+                raise ConfigError(
+                    f"data: cannot download {repo}@{commit}: {first_line(error)}; start again to go on"
+                ) from error
         for name, facts in self.index["files"].items():
             path = self.folder / name
             problem = size_problem(path, facts)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from recipe.data.corpus import Corpus, Unit, open_corpora
 from recipe.data.packing import SHUFFLE_WINDOW
 from recipe.data.prepared import PreparedCorpus, encoder_for
 from recipe.data.stream import RowStream, Span
+from recipe.files import read_json_lines
 from recipe.plan import make_plan
 from recipe.run_folder import RunFolder
 from recipe.tokenizer import Encoder, load_tokenizer
@@ -116,15 +116,7 @@ class BatchTracer:
 
 def _read_positions(path: Path) -> list[dict]:
     """The recorded positions in the order of their steps, the last of each step, the fingerprint from the first line."""
-    if not path.is_file():
-        return []
-    by_step = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-            by_step[record["step"]] = record
-        except (ValueError, KeyError):
-            continue  # a line cut off by a crash
+    by_step = {record["step"]: record for record in read_json_lines(path)}
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -132,8 +124,3 @@ def describe_source(source: Source) -> str:
     """One line."""
     name = source.url or source.id or f"{source.file} document {source.document}"
     return f"row {source.row:4d}  {source.tokens:5d} tokens from {source.first_token:6d}  {name}"
-
-
-def as_json(source: Source) -> dict:
-    """For `--json`."""
-    return asdict(source)

@@ -8,24 +8,20 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from recipe.config import ConfigError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 MINI = Path(__file__).with_name("hellaswag_mini.jsonl")
 """64 items in HellaSwag's format, written for this project: a check that the evaluation runs, not a benchmark."""
 
 
 def run_harness(
-    model: str | PreTrainedModel,
+    model: str,
     tasks: list[str],
-    tokenizer: Any = None,
     data: str | None = None,
     task_folder: Path | None = None,
     limit: int | None = None,
@@ -34,7 +30,7 @@ def run_harness(
     """Evaluate a model.
 
     Args:
-        model: folder or Hub id, or a loaded model (then with `tokenizer`).
+        model: folder or Hub id.
         tasks: task names of lm-evaluation-harness.
         data: local HellaSwag-format .jsonl instead of the Hub's data; `mini` for the package's own.
         task_folder: where the task description that `data` needs is written; the command needs it too.
@@ -49,24 +45,25 @@ def run_harness(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # warns of what is meant: a task replaced, a model passed in
-    if data is not None:
+    items = None if data is None else Path(MINI if data == "mini" else data)
+    if items is not None:
         if tasks != ["hellaswag"]:
             raise ConfigError(f"evaluate_data: local data stands for hellaswag, not for {', '.join(tasks)}")
-        _write_task(task_folder, Path(MINI if data == "mini" else data))
-    manager = TaskManager(include_path=str(task_folder) if data is not None else None)
+        _write_task(task_folder, items)
+    manager = TaskManager(include_path=str(task_folder) if items is not None else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(f"evaluate_tasks: lm-evaluation-harness has no task {', '.join(unknown)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _untouched_rng():
-        lm = _counting_model(model, tokenizer, device, batch_size)
+        lm = _counting_model(model, device, batch_size)
         results = simple_evaluate(
             model=lm, tasks=tasks, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
         )
-    command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={lm.name}", "--tasks", ",".join(tasks)]
+    command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={model}", "--tasks", ",".join(tasks)]
     command += ["--device", device, "--batch_size", str(batch_size)]
     command += ["--limit", str(limit)] if limit else []
-    command += ["--include_path", str(task_folder)] if data is not None else []
+    command += ["--include_path", str(task_folder)] if items is not None else []
     return {
         "tasks": {
             task: {
@@ -76,7 +73,7 @@ def run_harness(
             }
             for task, numbers in results["results"].items()
         },
-        "data": None if data is None else Path(MINI if data == "mini" else data).name,
+        "data": items and items.name,
         "limit": limit,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "truncated": lm.truncated,
@@ -84,14 +81,13 @@ def run_harness(
     }
 
 
-def _counting_model(model: str | PreTrainedModel, tokenizer: Any, device: str, batch_size: int):
+def _counting_model(model: str, device: str, batch_size: int):
     from lm_eval.models.huggingface import HFLM
 
     class CountingHFLM(HFLM):
         """HFLM cuts long inputs with a log line; here they are counted."""
 
         truncated = 0
-        name = model if isinstance(model, str) else "EXPORT_OF_THE_MODEL"
 
         def _loglikelihood_tokens(self, requests, *arguments, **keywords):
             self.truncated += sum(
@@ -99,7 +95,7 @@ def _counting_model(model: str | PreTrainedModel, tokenizer: Any, device: str, b
             )
             return super()._loglikelihood_tokens(requests, *arguments, **keywords)
 
-    return CountingHFLM(pretrained=model, tokenizer=tokenizer, device=device, batch_size=batch_size)
+    return CountingHFLM(pretrained=model, device=device, batch_size=batch_size)
 
 
 def _write_task(folder: Path, data: Path) -> None:

@@ -10,9 +10,9 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from recipe.config import FINEWEB, INSTALLED_DOCS
-from recipe.files import write_text
+from recipe.files import read_json_lines, write_text
 from recipe.monitor.metrics import format_duration
-from recipe.run_folder import RunFolder, read_metrics
+from recipe.run_folder import RunFolder
 
 DATA_SOURCES = {
     FINEWEB.partition(":")[0]: "[FineWeb](https://huggingface.co/datasets/HuggingFaceFW/fineweb) by Hugging Face, ODC-By 1.0",
@@ -26,7 +26,7 @@ def write_card(folder: RunFolder) -> Path:
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     config["data"] = environment.get("text", config["data"])  # of prepared tokens, the text that they were made from
-    records = read_metrics(folder.metrics)
+    records = read_json_lines(folder.metrics)
     text = ModelCard(f"---\n{_metadata(config).to_yaml()}\n---\n\n{_body(folder, config, environment, records)}")
     path = folder.export / "README.md"
     write_text(path, str(text))

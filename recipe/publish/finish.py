@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from recipe import checkpoint
-from recipe.config import Config, ConfigError
+from recipe.config import Config, ConfigError, first_line
 from recipe.evaluation.harness import run_harness
-from recipe.files import write_json
+from recipe.files import read_json_lines, write_json
 from recipe.monitor.metrics import MetricsLog
 from recipe.publish.card import write_card
 from recipe.publish.export import export_model
-from recipe.run_folder import RunFolder, read_metrics
+from recipe.run_folder import RunFolder
 
 
 def finish_run(folder: RunFolder, config: Config, tokenizer: Any, rows: np.ndarray, say: Callable[[str], None]) -> None:
@@ -44,8 +44,7 @@ def finish_run(folder: RunFolder, config: Config, tokenizer: Any, rows: np.ndarr
             limit=config.evaluate_limit,
         )
     except Exception as error:  # the model is trained and exported; an evaluation can be made up for
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        say(f"evaluation of {config.evaluate_tasks} failed: {reason}")
+        say(f"evaluation of {config.evaluate_tasks} failed: {first_line(error)}")
         say(f"later: python scripts/evaluate.py {folder.path} --tasks {config.evaluate_tasks}")
         return
     record_results(folder, results, newest.step, say)
@@ -70,9 +69,9 @@ def evaluate_model(
     if is_run and not (folder.export / "config.json").is_file():
         raise ConfigError(f"{model} has no export yet; let the run finish")
     task_folder = folder.evaluation / "tasks" if is_run else (output or Path("hellaswag.json")).with_suffix(".tasks")
-    results = run_harness(str(folder.export) if is_run else model, tasks, None, data, task_folder, limit, batch_size)
+    results = run_harness(str(folder.export) if is_run else model, tasks, data, task_folder, limit, batch_size)
     if is_run:
-        step = max(r["step"] for r in read_metrics(folder.metrics))
+        step = max(r["step"] for r in read_json_lines(folder.metrics))
         record_results(folder, results, step, print)
         write_card(folder)
     else:
@@ -94,7 +93,7 @@ def record_results(folder: RunFolder, results: dict, step: int, say: Callable[[s
             "hellaswag_acc_norm": numbers["acc_norm"],
             "hellaswag_n": numbers["n"],
         }
-        if record not in read_metrics(folder.metrics):
+        if record not in read_json_lines(folder.metrics):
             log = MetricsLog(folder.metrics)
             log.write([record])
             log.close()
