@@ -122,6 +122,10 @@ class TrainingConfig:
     has it, else fp32."""
     compile: bool | None = None
     """torch.compile the model. Default: on a GPU only."""
+    kernels: typing.Literal["auto", "fused", "plain"] = "auto"
+    """auto: the fastest that the machine has; fused: ours, or an error; plain: torch's."""
+    fp8_head: bool = False
+    """Compute the products of the language-model head in fp8 (Ada, Hopper or newer): faster, and less exact."""
     output_dir: str | None = None
     """The run folder. Default: runs/<name of the YAML file>."""
     resume: str = "auto"
@@ -161,7 +165,7 @@ class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, Evaluatio
 
 NOT_PART_OF_THE_RUN = frozenset(
     "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every sample_every evaluate_tasks "
-    "evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size compile max_epochs".split()
+    "evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size compile kernels max_epochs".split()
 )
 """Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
 

@@ -24,13 +24,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.profiler import record_function
 
 from recipe.config import Config, ConfigError
+from recipe.kernels import choose_kernels
 from recipe.model import PretrainingModel, parameter_groups
 from recipe.plan import Plan
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After this long a rank that waits for the others gives up."""
+
+OPTIMIZER = "optimizer"
+"""Name of the optimizer's part of a step in a profile."""
 
 
 @dataclass
@@ -131,6 +136,11 @@ class Distributed:
             values /= self.num_ranks
         return values
 
+    def to_device(self, rows: np.ndarray) -> torch.Tensor:
+        """Token ids as int64 on the device, without waiting for it."""
+        tensor = torch.from_numpy(rows.astype(np.int64))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.any(False)
@@ -167,10 +177,11 @@ class Engine:
         self.distributed, self.plan, self.precision = distributed, plan, precision
         self.max_grad_norm = config.max_grad_norm
         self.model = model
+        model.use(choose_kernels(config, precision, distributed.device))
         compiled = config.compile if config.compile is not None else distributed.cuda
         if compiled:
             # In place: parameter names stay, and the eager GPT2LMHeadModel inside stays usable for generation.
-            model.compile(dynamic=False)
+            model.compile(dynamic=False, fullgraph=True)
 
     def train_step(self, micro_batches: Iterable[torch.Tensor], learning_rate: float) -> StepResult:
         """Forward and backward over `plan.accumulation` micro-batches of rows [micro batch, sequence + 1], then update."""
@@ -245,6 +256,10 @@ class ReplicatedEngine(Engine):
             total += loss.detach()
             for group in self._groups:
                 group.accumulate()
+        with record_function(OPTIMIZER):
+            return self._update(total, learning_rate)
+
+    def _update(self, loss: torch.Tensor, learning_rate: float) -> StepResult:
         for group in self._groups:
             self.distributed.mean(group.gradients)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.gradients) for g in self._groups]))
@@ -262,7 +277,7 @@ class ReplicatedEngine(Engine):
         for group in self._groups:
             group.masters_to_weights()
             group.gradients.zero_()
-        return StepResult(total, norm, skipped)
+        return StepResult(loss, norm, skipped)
 
     def _full_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for group in self._groups:
@@ -367,7 +382,8 @@ class Zero1Engine(Engine):
         for rows in micro_batches:
             loss = self.engine(rows).mean()
             self.engine.backward(loss)
-            self.engine.step()
+            with record_function(OPTIMIZER) if self.engine.is_gradient_accumulation_boundary() else contextlib.nullcontext():
+                self.engine.step()
             total += loss.detach() / self.plan.accumulation
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=total.device)
         skipped = torch.tensor(float(self.engine.skipped_steps - skipped_before), device=total.device)

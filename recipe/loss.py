@@ -1,75 +1,46 @@
 """The language-model head and its cross-entropy, without logits in fp32.
 
 On a GPU one kernel turns the bf16 logits into losses and, in place, into their own gradient: it reads them once and writes
-them once, where the compiler's softmax passes over them four times (13 of 127 ms of a 124M micro-step on an H100,
-docs/results.md). llm.c does the same in its fused classifier.
+them once, where the compiler's softmax passes over them four times (docs/results.md). llm.c does the same in its fused
+classifier. With `fp8`, the three products of the head, a sixth of the model's arithmetic, run at Hopper's fp8 rate.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
+from recipe import cublaslt
 
-def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
+Head = Literal["plain", "fused", "fp8"]
+
+FP8_MAX = 448.0
+"""Largest number of e4m3, the format of activations and weights."""
+FP8_GRADIENT_SCALE = 2.0**15
+"""Brings softmax - onehot, within [-1, 1], to the range of e5m2, whose largest number is 57,344."""
+
+
+def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, head: Head) -> torch.Tensor:
     """Cross-entropy of each target in nats.
 
     Args:
         hidden: [tokens, width].
         weight: head [padded vocabulary, width]; rows from `vocab_size` on take no part.
         targets: ids [tokens], below `vocab_size`.
+        head: how; `fp8` needs tokens, width and padded vocabulary to be multiples of 16 and holds for training alone.
     Returns:
         fp32 [tokens].
     """
-    if hidden.is_cuda:
-        if torch.is_grad_enabled():
-            return torch.ops.recipe.head_loss(hidden, weight, targets, vocab_size)[0]
+    if head == "plain":
+        logits = F.linear(hidden, weight)[:, :vocab_size].float()
+        return F.cross_entropy(logits, targets, reduction="none")
+    if not torch.is_grad_enabled():
         return torch.ops.recipe.head_loss_only(hidden, weight, targets, vocab_size)
-    logits = F.linear(hidden, weight)[:, :vocab_size].float()
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
-@torch.library.custom_op("recipe::head_loss", mutates_args=())
-def _head_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses [tokens], and the gradient of their sum by the logits, [tokens, padded vocabulary]."""
-    logits = hidden @ weight.T
-    return _cross_entropy(logits, targets, vocab_size, gradient=True), logits
-
-
-@_head_loss.register_fake
-def _(hidden, weight, targets, vocab_size):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(hidden.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op("recipe::head_loss_only", mutates_args=())
-def _head_loss_only(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    return _cross_entropy(hidden @ weight.T, targets, vocab_size, gradient=False)
-
-
-@_head_loss_only.register_fake
-def _(hidden, weight, targets, vocab_size):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-
-
-def _save(ctx, inputs, output) -> None:
-    hidden, weight, _, _ = inputs
-    ctx.save_for_backward(hidden, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_losses, _):
-    hidden, weight, grad_logits = ctx.saved_tensors
-    # The scale of each row goes to the narrow side of the products: [tokens, width] instead of [tokens, vocabulary].
-    scale = grad_losses.unsqueeze(1)
-    grad_hidden = (grad_logits @ weight * scale).to(hidden.dtype)
-    grad_weight = grad_logits.T @ (hidden * scale).to(hidden.dtype)
-    return grad_hidden, grad_weight, None, None
-
-
-_head_loss.register_autograd(_backward, setup_context=_save)
+    if head == "fp8":
+        return torch.ops.recipe.head_loss_fp8(hidden, weight, targets, vocab_size)[0]
+    return torch.ops.recipe.head_loss(hidden, weight, targets, vocab_size)[0]
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, gradient: bool) -> torch.Tensor:
@@ -82,3 +53,145 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int,
         logits, losses, targets, logits.stride(0), vocab_size, logits.shape[1], GRADIENT=gradient, BLOCK=block, num_warps=8
     )
     return losses
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    # torch's own choice of algorithm for this product is a tenth slower than the best (docs/results.md).
+    if hidden.dtype == torch.bfloat16 and cublaslt.available(hidden.device):
+        return cublaslt.product(hidden, weight.T)
+    return hidden @ weight.T
+
+
+# --- without gradients ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("recipe::head_loss_only", mutates_args=())
+def _head_loss_only(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    return _cross_entropy(hidden @ weight.T, targets, vocab_size, gradient=False)
+
+
+@_head_loss_only.register_fake
+def _(hidden, weight, targets, vocab_size):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+# --- bf16 or fp32 -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("recipe::head_loss", mutates_args=())
+def _head_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [tokens], and the gradient of their sum by the logits, [tokens, padded vocabulary]."""
+    logits = _logits(hidden, weight)
+    return _cross_entropy(logits, targets, vocab_size, gradient=True), logits
+
+
+@_head_loss.register_fake
+def _(hidden, weight, targets, vocab_size):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(hidden.shape[0], weight.shape[0])
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden, weight, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, *output[1:])
+
+
+def _differentiate(ctx, grad_losses, _):
+    hidden, weight, grad_logits = ctx.saved_tensors
+    # The scale of each row goes to the narrow side of the products: [tokens, width] instead of [tokens, vocabulary].
+    scale = grad_losses.unsqueeze(1)
+    grad_hidden = (grad_logits @ weight * scale).to(hidden.dtype)
+    grad_weight = grad_logits.T @ (hidden * scale).to(hidden.dtype)
+    return grad_hidden, grad_weight, None, None
+
+
+_head_loss.register_autograd(_differentiate, setup_context=_save)
+
+
+# --- fp8 --------------------------------------------------------------------------------------------------------------
+
+
+def _quantize(x: torch.Tensor, direct: bool, transposed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [rows, width] in e4m3, scaled so that its largest element is FP8_MAX: as it lies, [rows, width], and transposed,
+    [width, rows], each empty if not wanted; and the scale that gives x back."""
+    from recipe.loss_kernel import fp8_quantize_kernel
+
+    rows, width = x.shape
+    scale = FP8_MAX / torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32).clamp(min=1e-12)
+    out = torch.empty((rows, width) if direct else (0, 0), dtype=torch.float8_e4m3fn, device=x.device)
+    across = torch.empty((width, rows) if transposed else (0, 0), dtype=torch.float8_e4m3fn, device=x.device)
+    grid = (-(-width // 64), -(-rows // 64))
+    fp8_quantize_kernel[grid](x, scale, out, across, rows, width, DIRECT=direct, TRANSPOSED=transposed, BLOCK=64, num_warps=4)
+    return out, across, scale.reciprocal()
+
+
+@torch.library.custom_op("recipe::head_loss_fp8", mutates_args=())
+def _head_loss_fp8(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses [tokens]; their sum's gradient by the logits times FP8_GRADIENT_SCALE in e5m2, [tokens, padded vocabulary] and
+    transposed; and the weight in e4m3, [width, padded vocabulary], with its scale."""
+    from recipe.loss_kernel import fp8_gradient_kernel
+
+    hidden8, _, hidden_scale = _quantize(hidden, direct=True, transposed=False)
+    weight8, weight8_across, weight_scale = _quantize(weight, direct=True, transposed=True)
+    logits = torch._scaled_mm(
+        hidden8, weight8.T, scale_a=hidden_scale, scale_b=weight_scale, out_dtype=hidden.dtype, use_fast_accum=True
+    )
+    losses = _cross_entropy(logits, targets, vocab_size, gradient=False)
+    tokens, width = logits.shape
+    gradient = torch.empty_like(logits, dtype=torch.float8_e5m2)
+    transposed = torch.empty(width, tokens, dtype=torch.float8_e5m2, device=logits.device)
+    fp8_gradient_kernel[(-(-width // 128), -(-tokens // 128))](
+        logits, losses, targets, gradient, transposed, tokens, vocab_size, width, SCALE=FP8_GRADIENT_SCALE, ROWS=128,
+        COLUMNS=128, num_warps=8,
+    )  # fmt: skip
+    return losses, gradient, transposed, weight8_across, weight_scale
+
+
+@_head_loss_fp8.register_fake
+def _(hidden, weight, targets, vocab_size):
+    (tokens, width), vocabulary = hidden.shape, weight.shape[0]
+    return (
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty(tokens, vocabulary, dtype=torch.float8_e5m2),
+        hidden.new_empty(vocabulary, tokens, dtype=torch.float8_e5m2),
+        hidden.new_empty(width, vocabulary, dtype=torch.float8_e4m3fn),
+        hidden.new_empty((), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("recipe::head_gradients_fp8", mutates_args=())
+def _head_gradients_fp8(
+    scaled_hidden: torch.Tensor,
+    gradient: torch.Tensor,
+    transposed: torch.Tensor,
+    weight8_across: torch.Tensor,
+    weight_scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """gradient @ weight [tokens, width], and gradient^T @ scaled_hidden [padded vocabulary, width]."""
+    _, hidden8_across, hidden_scale = _quantize(scaled_hidden, direct=False, transposed=True)
+    gradient_scale = torch.full_like(weight_scale, 1 / FP8_GRADIENT_SCALE)
+    options = {"scale_a": gradient_scale, "out_dtype": scaled_hidden.dtype, "use_fast_accum": False}
+    return (
+        torch._scaled_mm(gradient, weight8_across.T, scale_b=weight_scale, **options),
+        torch._scaled_mm(transposed, hidden8_across.T, scale_b=hidden_scale, **options),
+    )
+
+
+@_head_gradients_fp8.register_fake
+def _(scaled_hidden, gradient, transposed, weight8_across, weight_scale):
+    return torch.empty_like(scaled_hidden), scaled_hidden.new_empty(len(transposed), scaled_hidden.shape[1])
+
+
+def _differentiate_fp8(ctx, grad_losses, *_):
+    hidden, _weight, *saved = ctx.saved_tensors
+    scale = grad_losses.unsqueeze(1)
+    grad_hidden, grad_weight = torch.ops.recipe.head_gradients_fp8((hidden * scale).to(hidden.dtype), *saved)
+    return (grad_hidden * scale).to(hidden.dtype), grad_weight, None, None
+
+
+_head_loss_fp8.register_autograd(_differentiate_fp8, setup_context=_save)

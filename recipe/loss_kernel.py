@@ -1,4 +1,4 @@
-"""The Triton kernel of recipe/loss.py, apart because Triton comes with the GPU builds of torch alone."""
+"""The Triton kernels of recipe/loss.py, apart because Triton comes with the GPU builds of torch alone."""
 
 import triton
 import triton.language as tl
@@ -14,22 +14,65 @@ def cross_entropy_kernel(logits, losses, targets, stride, vocab_size, width, GRA
     # Read before any warp can have overwritten it: the reductions below are barriers.
     target_logit = tl.load(logits + target).to(tl.float32)
     columns = tl.arange(0, BLOCK)
-    largest = tl.full((BLOCK,), -1.0e30, tl.float32)
+    largest = -1.0e30
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
-        inside = start + columns < vocab_size
-        x = tl.load(logits + start + columns, mask=inside, other=-1.0e30).to(tl.float32)
-        new = tl.maximum(largest, x)
-        total = total * tl.exp(largest - new) + tl.where(inside, tl.exp(x - new), 0.0)
+        x = tl.load(logits + start + columns, mask=start + columns < vocab_size, other=-float("inf")).to(tl.float32)
+        # One maximum for the block, not one a lane: an exponential less for each element.
+        new = tl.maximum(largest, tl.max(x, axis=0))
+        total = total * tl.exp(largest - new) + tl.exp(x - new)
         largest = new
-    top = tl.max(largest, axis=0)
-    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
+    log_sum = largest + tl.log(tl.sum(total, axis=0))
     tl.store(losses + row, log_sum - target_logit)
     if GRADIENT:
-        # The row, 100 KB for GPT-2's vocabulary, is still in the L2 cache.
-        for start in range(0, width, BLOCK):
-            column = start + columns
-            x = tl.load(logits + column, mask=column < vocab_size, other=-1.0e30).to(tl.float32)
+        # Backwards: what was read last is still in the L2 cache.
+        blocks = tl.cdiv(width, BLOCK)
+        for i in range(blocks):
+            column = (blocks - 1 - i) * BLOCK + columns
+            x = tl.load(logits + column, mask=column < vocab_size, other=-float("inf"), eviction_policy="evict_first").to(
+                tl.float32
+            )
             probability = tl.exp(x - log_sum)
             gradient = tl.where(column == target, probability - 1.0, probability)
-            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)
+            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width, eviction_policy="evict_first")
+
+
+@triton.jit
+def fp8_gradient_kernel(
+    logits, losses, targets, gradient, transposed, tokens, vocab_size, width, SCALE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program a tile: SCALE * (softmax - onehot) of logits [tokens, width], in fp8 (e5m2), and its transpose. fp8 products
+    on Hopper want both factors with the summed dimension contiguous, and the two gradients sum over different ones."""
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = rows < tokens
+    target = tl.load(targets + rows, mask=inside, other=0)
+    row_start = rows.to(tl.int64) * width
+    log_sum = tl.load(losses + rows, mask=inside, other=0.0) + tl.load(logits + row_start + target, mask=inside).to(tl.float32)
+    x = tl.load(
+        logits + row_start[:, None] + columns[None, :], mask=inside[:, None] & (columns < vocab_size)[None, :],
+        other=-float("inf"),
+    ).to(tl.float32)  # fmt: skip
+    probability = tl.exp(x - log_sum[:, None])
+    g = (tl.where(columns[None, :] == target[:, None], probability - 1.0, probability) * SCALE).to(tl.float8e5)
+    valid = inside[:, None] & (columns < width)[None, :]
+    tl.store(gradient + row_start[:, None] + columns[None, :], g, mask=valid)
+    across = columns.to(tl.int64)[:, None] * tokens + rows[None, :]
+    tl.store(transposed + across, tl.trans(g), mask=tl.trans(valid))
+
+
+@triton.jit
+def fp8_quantize_kernel(
+    x, scale, out, transposed, rows, width, DIRECT: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program a tile: x [rows, width] * scale in fp8 (e4m3), as it lies, transposed, or both."""
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = (row < rows)[:, None] & (column < width)[None, :]
+    offsets = row.to(tl.int64)[:, None] * width + column[None, :]
+    value = (tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32) * tl.load(scale)).to(tl.float8e4nv)
+    if DIRECT:
+        tl.store(out + offsets, value, mask=valid)
+    if TRANSPOSED:
+        tl.store(transposed + column.to(tl.int64)[:, None] * rows + row[None, :], tl.trans(value), mask=tl.trans(valid))

@@ -7,7 +7,9 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from recipe.block import fuse_blocks
 from recipe.config import Config
+from recipe.kernels import Kernels
 from recipe.loss import head_losses
 
 VOCAB_MULTIPLE = 128
@@ -68,6 +70,13 @@ class PretrainingModel(nn.Module):
         super().__init__()
         self.gpt2 = gpt2
         self.vocab_size = vocab_size
+        self.kernels = Kernels()
+
+    def use(self, kernels: Kernels) -> None:
+        """Compute by these kernels from now on."""
+        self.kernels = kernels
+        if kernels.blocks:
+            fuse_blocks(self.gpt2)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of every target, in nats.
@@ -80,8 +89,8 @@ class PretrainingModel(nn.Module):
         # Slices of [batch, sequence + 1] are not contiguous, which compiled embedding and loss kernels would pay for.
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
-        losses = head_losses(hidden.flatten(0, 1), self.gpt2.lm_head.weight, targets.flatten(), self.vocab_size)
-        return losses.view_as(targets)
+        weight = self.gpt2.lm_head.weight
+        return head_losses(hidden.flatten(0, 1), weight, targets.flatten(), self.vocab_size, self.kernels.head).view_as(targets)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -176,6 +176,7 @@ class Run:
             f"engine            {type(self.engine).__name__}, {self.precision}, tokenised by "
             f"{encoder.engine}, {self.stream.num_shards} virtual shards"
         )
+        self.say(f"kernels           {self.engine.model.kernels}")
 
     def _claim_folder(self, text: str) -> None:
         environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
@@ -256,18 +257,12 @@ class Run:
         rows = self.stream.next_batch(self.plan.rows_per_step)
         waited = time.perf_counter() - began
         rate = learning_rate(step, self.config, self.plan)
-        micro_batches = self._to_device(rows).split(self.config.micro_batch_size)
+        micro_batches = self.distributed.to_device(rows).split(self.config.micro_batch_size)
         result = self.engine.train_step(micro_batches, rate)
         timer.mark()
         self.step = step + 1
         record = {"step": step + 1, "tokens": (step + 1) * self.plan.tokens_per_step, "lr": rate, "waited": waited}
         self._pending.append((record, result, timer))
-
-    def _to_device(self, rows: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(rows.astype(np.int64))
-        if self.distributed.cuda:
-            return tensor.pin_memory().to(self.distributed.device, non_blocking=True)
-        return tensor
 
     def _write_pending(self) -> None:
         """Look at the steps since the last look: the one place where the host waits for the device."""
@@ -335,7 +330,7 @@ class Run:
             if count < size:
                 # One shape for all batches: a compiled model must not be compiled again for the last.
                 rows = np.concatenate([rows, np.repeat(rows[:1], size - count, axis=0)])
-            losses = self.engine.losses(self._to_device(rows))[:count]
+            losses = self.engine.losses(self.distributed.to_device(rows))[:count]
             total[0] += losses.double().sum()
             total[1] += losses.numel()
         total = self.distributed.mean(total)

@@ -1,8 +1,13 @@
 """Measure the recipe on this machine, on real text.
 
     python scripts/benchmark.py loader configs/gpt2-124m.yaml [--field value ...] [--seconds 20] [--json]
+    python scripts/benchmark.py model  configs/gpt2-124m.yaml [--field value ...] [--steps 50] [--json]
+    accelerate launch --config_file configs/accelerate/1gpu.yaml \
+        scripts/benchmark.py step configs/gpt2-124m.yaml [--field value ...] [--steps 100] [--json]
 
 loader: tokens/s from the text (raw or prepared) to finished rows, as one rank, and the time to the first batch.
+model:  forward and backward of one micro-batch, and a profile of it.
+step:   whole optimizer steps, data included, under the engine of the accelerate file, and a profile of one.
 """
 
 import json
@@ -24,31 +29,54 @@ def take_option(words: list[str], name: str, default: str) -> str:
     return value
 
 
+def print_table(result: dict) -> None:
+    """The figures a line each, then where the device's time goes."""
+    parts, kernels = result.pop("parts", None), result.pop("kernels", None)
+    for name, value in result.items():
+        print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {'n/a' if value is None else value}")
+    if parts:
+        total = sum(parts.values())
+        print("\npart                         ms   share")
+        for name, ms in sorted(parts.items(), key=lambda part: -part[1]):
+            print(f"{name:20} {ms:10.2f} {ms / total:7.1%}")
+        print("\nkernel                       ms   calls")
+        for ms, calls, name in kernels[:20]:
+            print(f"{ms:31.2f} {calls:7}  {name[:80]}")
+
+
 def main(words: list[str]) -> int:
-    if not words or words[0] != "loader" or {"-h", "--help"} & set(words):
+    kind = words[0] if words else ""
+    if kind not in ("loader", "model", "step") or {"-h", "--help"} & set(words):
         print(__doc__.strip())
         return 0 if {"-h", "--help"} & set(words) else 2
     words = words[1:]
     as_json = "--json" in words
     words = [word for word in words if word != "--json"]
-    seconds = float(take_option(words, "--seconds", "20"))
+    seconds, steps = float(take_option(words, "--seconds", "20")), int(take_option(words, "--steps", "50"))
 
-    from recipe.benchmark import benchmark_loader
+    from recipe.benchmark import benchmark_loader, benchmark_training
     from recipe.config import ConfigError
     from recipe.data.corpus import DataError
+    from recipe.engine import Distributed
     from recipe.plan import load_run
 
     try:
-        config, plan = load_run(words, 1)
-        result = benchmark_loader(config, plan, seconds)
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        config, plan = load_run(words, ranks)
+        if kind == "loader":
+            main_rank, result = True, benchmark_loader(config, plan, seconds)
+        else:
+            distributed = Distributed()
+            main_rank = distributed.is_main
+            result = benchmark_training(config, plan, distributed, steps, whole=kind == "step")
+            distributed.close()
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
-    if as_json:
+    if main_rank and as_json:
         print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name:24} {value:,.2f}" if isinstance(value, float) else f"{name:24} {value}")
+    elif main_rank:
+        print_table(result)
     return 0
 
 

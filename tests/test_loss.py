@@ -56,7 +56,7 @@ def test_operator_has_the_loss_and_gradients_of_cross_entropy(inputs, compiled: 
 
 def test_plain_path_has_the_same_loss_and_gradients(inputs) -> None:
     hidden, weight, targets, scale = inputs
-    losses = head_losses(hidden, weight, targets, VOCAB)
+    losses = head_losses(hidden, weight, targets, VOCAB, "plain")
     gradients = torch.autograd.grad((losses * scale).sum(), (hidden, weight))
     for ours, theirs in zip((losses, *gradients), reference(hidden, weight, targets, scale), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -67,4 +67,4 @@ def test_loss_alone_is_the_same(inputs) -> None:
     hidden, weight, targets, _ = inputs
     with torch.no_grad():
         alone = torch.ops.recipe.head_loss_only(hidden, weight, targets, VOCAB)
-    torch.testing.assert_close(alone, head_losses(hidden, weight, targets, VOCAB))
+    torch.testing.assert_close(alone, head_losses(hidden, weight, targets, VOCAB, "plain"))

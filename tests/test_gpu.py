@@ -1,0 +1,116 @@
+"""What only a GPU can show: the kernels against fp64, the fused model against the plain one, no sync and no recompilation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from recipe.kernels import Kernels, choose_kernels
+from recipe.plan import load_run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+VOCAB, PADDED, WIDTH, TOKENS = 50257, 50304, 768, 2048
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head", "loss_bound", "gradient_bound"),
+    [(torch.float32, "fused", 1e-5, 1e-4), (torch.bfloat16, "fused", 1e-3, 1e-2), (torch.bfloat16, "fp8", 5e-3, 1e-1)],
+)
+def test_head_agrees_with_fp64(dtype: torch.dtype, head: str, loss_bound: float, gradient_bound: float) -> None:
+    from recipe.loss import head_losses
+
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(PADDED, WIDTH, device="cuda") * 0.05).to(dtype).requires_grad_()
+    targets = torch.randint(0, VOCAB, (TOKENS,), device="cuda")
+    scale = torch.rand(TOKENS, device="cuda")
+    losses = head_losses(hidden, weight, targets, VOCAB, head)
+    ours = (losses, *torch.autograd.grad((losses * scale).sum(), (hidden, weight)))
+    hidden64, weight64 = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    losses64 = F.cross_entropy((hidden64 @ weight64.T)[:, :VOCAB], targets, reduction="none")
+    theirs = (losses64, *torch.autograd.grad((losses64 * scale).sum(), (hidden64, weight64)))
+    errors = [relative(a, b) for a, b in zip(ours, theirs, strict=True)]
+    print(head, dtype, "relative errors of losses, grad of hidden, grad of weight:", *(f"{e:.1e}" for e in errors))
+    assert errors[0] < loss_bound and max(errors[1:]) < gradient_bound
+    assert ours[2][VOCAB:].abs().max() == 0
+
+
+def gradients(model, rows: torch.Tensor, plain: bool) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    if plain:
+        # As transformers has it: eager attention, fp32 softmax of fp32 logits.
+        logits = model.gpt2(input_ids=rows[:, :-1], use_cache=False).logits[..., :VOCAB].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    else:
+        loss = model(rows).mean()
+    loss.backward()
+    return {name: p.grad.double().clone() for name, p in model.named_parameters()}
+
+
+def test_gradients_of_the_fast_path_are_those_of_the_plain_path() -> None:
+    from recipe.model import build_model
+
+    config, _ = load_run(["configs/gpt2-124m.yaml"], 1)
+    exact = build_model(config, VOCAB, 50256).cuda()
+    rows = torch.randint(0, VOCAB, (4, 1025), device="cuda")
+    fast = copy.deepcopy(exact).bfloat16()
+    fast.use(choose_kernels(config, "bf16", torch.device("cuda:0")))
+    assert fast.kernels.head == "fused"
+    exact.gpt2.set_attn_implementation("eager")
+    plain = copy.deepcopy(exact).bfloat16()
+    reference = gradients(exact, rows, plain=True)
+    whole = torch.cat([g.flatten() for g in reference.values()])
+    errors = {}
+    for name, model, is_plain in (("fast", fast, False), ("plain", plain, True)):
+        ours = gradients(model, rows, is_plain)
+        errors[name] = relative(torch.cat([g.flatten() for g in ours.values()]), whole)
+        errors[f"{name}, worst parameter"] = max(relative(ours[n], reference[n]) for n in ours)
+    print("relative errors of the gradient in bf16, against fp32:", errors)
+    assert errors["fast"] < 1e-2
+    assert errors["fast"] < 1.1 * errors["plain"]
+
+
+@pytest.fixture
+def engine():
+    from recipe.engine import Distributed, make_engine
+    from recipe.model import build_model
+
+    words = ["configs/gpt2-124m.yaml", "--n_layer", "2", "--batch_tokens", "32768", "--micro_batch_size", "8"]
+    config, plan = load_run([*words, "--max_steps", "100", "--warmup_steps", "2"], 1)
+    return make_engine(build_model(config, VOCAB, 50256), config, plan, Distributed(), "bf16")
+
+
+def test_a_step_neither_syncs_nor_recompiles(engine) -> None:
+    from torch._dynamo.utils import counters
+
+    rows = torch.randint(0, VOCAB, (32, 1025), device="cuda")
+
+    def step() -> None:
+        engine.train_step(rows.split(8), 1e-4)
+
+    step()
+    step()
+    engine.losses(rows[:8])
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0 and not counters["graph_break"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    engine.losses(rows[:8])
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_plain_kernels_can_be_chosen() -> None:
+    config, _ = load_run(["configs/gpt2-124m.yaml", "--kernels", "plain"], 1)
+    assert choose_kernels(config, "bf16", torch.device("cuda:0")) == Kernels()
