@@ -180,8 +180,9 @@ class Engine:
         model.use(choose_kernels(config, precision, distributed.device))
         compiled = config.compile if config.compile is not None else distributed.cuda
         if compiled:
-            # In place: parameter names stay, and the eager GPT2LMHeadModel inside stays usable for generation.
-            model.compile(dynamic=False, fullgraph=True)
+            # Parameter names stay, the eager GPT2LMHeadModel inside stays usable for generation, and DeepSpeed's hooks,
+            # which cannot be compiled, stay outside.
+            model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)
 
     def train_step(self, micro_batches: Iterable[torch.Tensor], learning_rate: float) -> StepResult:
         """Forward and backward over `plan.accumulation` micro-batches of rows [micro batch, sequence + 1], then update."""
