@@ -26,8 +26,8 @@ _DESC_TRANSA, _DESC_TRANSB, _DESC_EPILOGUE, _DESC_BIAS, _DESC_AUX, _DESC_AUX_LD 
 _PREFERENCE_MAX_WORKSPACE = 1
 _WORKSPACE_BYTES = 32 << 20
 """What NVIDIA recommends for Hopper."""
-import os as _os
-_CANDIDATES, _TRIALS = int(_os.environ.get("CAND","8")), 7
+
+_CANDIDATES, _TRIALS = 8, 7
 """Algorithms to try, and how often each. The library's first guess is 2 to 13% slower than its best for GPT-2's shapes
 (docs/results.md)."""
 
