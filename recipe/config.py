@@ -83,18 +83,21 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    optimizer: typing.Literal["adamw"] = "adamw"
-    """AdamW, decay on what has two dimensions."""
+    optimizer: typing.Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the blocks' matrices and AdamW for embeddings, positions, biases and LayerNorms."""
     learning_rate: float = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
     warmup_steps: float = 700
     """Linear warm-up: a count of steps, or a share of the run if below 1."""
-    schedule: typing.Literal["constant", "cosine", "linear"] = "cosine"
-    """Learning rate after the warm-up."""
+    schedule: typing.Literal["constant", "cosine", "linear", "trapezoidal"] = "cosine"
+    """Learning rates after the warm-up. trapezoidal is stable until the last decay_steps, so that shorter and longer runs can
+    branch off its checkpoints: --resume CHECKPOINT --output_dir NEW --max_steps N."""
+    decay_steps: float = 0.2
+    """Linear decay at the end of the trapezoidal schedule: a count of steps, or a share of the run if below 1."""
     final_learning_rate: float = 0.0
-    """Where cosine and linear end, as a share of learning_rate."""
+    """Where cosine, linear and trapezoidal end, as a share of the peak."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings; biases and LayerNorms have none."""
+    """AdamW's decoupled weight decay of matrices and embeddings; biases and LayerNorms have none."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
@@ -103,6 +106,20 @@ class OptimizerConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of Muon, with the same schedule; of each matrix times max(1, outputs / inputs)^0.5."""
+    muon_momentum: float = 0.95
+    """Muon's momentum (Nesterov's)."""
+    muon_momentum_warmup_steps: int = 0
+    """Steps over which Muon's momentum rises from 0.85."""
+    muon_weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices that Muon trains."""
+    muon_polynomial: typing.Literal["quintic", "polar_express"] = "quintic"
+    """Coefficients of Newton-Schulz: Keller Jordan's, or those of The Polar Express (Amsel et al. 2025)."""
+    muon_ns_steps: int = 5
+    """Iterations of Newton-Schulz."""
+    muon_ns_dtype: typing.Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of Newton-Schulz. auto: bf16 on a GPU that trains in bf16, else fp32."""
 
 
 @dataclass(kw_only=True)
@@ -351,12 +368,13 @@ def _describe(hint: object) -> str:
 
 _AT_LEAST = {
     "validation_tokens": 1, "sequence_length": 1, "max_epochs": 1, "data_workers": 0, "n_layer": 1, "n_head": 1,
-    "n_embd": 1, "n_positions": 1, "learning_rate": 0, "warmup_steps": 0, "final_learning_rate": 0, "weight_decay": 0,
-    "beta1": 0, "beta2": 0, "epsilon": 0, "max_grad_norm": 0, "batch_tokens": 1, "micro_batch_size": 1, "max_steps": 1,
-    "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
+    "n_embd": 1, "n_positions": 1, "learning_rate": 0, "warmup_steps": 0, "decay_steps": 0, "final_learning_rate": 0,
+    "weight_decay": 0, "beta1": 0, "beta2": 0, "epsilon": 0, "max_grad_norm": 0, "muon_learning_rate": 0, "muon_momentum": 0,
+    "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0, "muon_ns_steps": 1, "batch_tokens": 1, "micro_batch_size": 1,
+    "max_steps": 1, "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
     "sample_every": 0, "evaluate_limit": 1,
 }  # fmt: skip
-_BELOW = {"beta1": 1, "beta2": 1, "seed": 2**64}
+_BELOW = {"beta1": 1, "beta2": 1, "muon_momentum": 1, "seed": 2**64}
 
 
 def _range_problems(config: Config) -> list[str]:

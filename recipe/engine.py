@@ -3,7 +3,8 @@
 The only file that knows which. The accelerate file decides: `distributed_type: DEEPSPEED` is ZeRO-1, several processes
 without it are data parallel with a replicated optimizer, one process is the same with one rank. All of them mean the same
 by a precision: bf16 is bf16 weights, products and activations with fp32 master weights (which start from the bf16 ones),
-fp32 gradient sums and fp32 moments; fp32 is fp32 throughout.
+fp32 gradient sums and fp32 moments; fp32 is fp32 throughout. The matrices that Muon trains, and its momentum, are shared out
+among the ranks also where the rest of the optimizer is replicated.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from recipe.config import Config, ConfigError
-from recipe.model import PretrainingModel, parameter_groups
+from recipe.model import PretrainingModel
+from recipe.optim.groups import ParameterGroup, make_optimizer, parameter_groups, set_hyperparameters, state_kinds
+from recipe.optim.muon import STATE_KINDS, initial_state
+from recipe.optim.schedule import Hyperparameters
 from recipe.plan import Plan
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -167,18 +170,20 @@ class Engine:
         self.distributed, self.plan, self.precision = distributed, plan, precision
         self.max_grad_norm = config.max_grad_norm
         self.model = model
+        self.parameter_groups = parameter_groups(model, config)
         compiled = config.compile if config.compile is not None else distributed.cuda
         if compiled:
             # In place: parameter names stay, and the eager GPT2LMHeadModel inside stays usable for generation.
             model.compile(dynamic=False)
 
-    def train_step(self, micro_batches: Iterable[torch.Tensor], learning_rate: float) -> StepResult:
+    def train_step(self, micro_batches: Iterable[torch.Tensor], values: Hyperparameters) -> StepResult:
         """Forward and backward over `plan.accumulation` micro-batches of rows [micro batch, sequence + 1], then update."""
         raise NotImplementedError
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """Masters and moments in fp32 on the CPU of rank 0 (empty elsewhere), the same under every engine and number of
-        ranks: `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` with NAME as in GPT2LMHeadModel, and `step`. Collective."""
+        ranks: `model.NAME`; `exp_avg.NAME` and `exp_avg_sq.NAME` of AdamW's parameters, `momentum_buffer.NAME` of Muon's,
+        with NAME as in GPT2LMHeadModel; and AdamW's `step`. Collective."""
         state = {}
         for kind, name, tensor in self._full_tensors():
             if self.distributed.is_main:
@@ -212,32 +217,21 @@ def make_engine(model: PretrainingModel, config: Config, plan: Plan, distributed
     return kind(model, config, plan, distributed, precision)
 
 
-def _adamw(groups: list[dict], config: Config) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
-    )
-
-
 class ReplicatedEngine(Engine):
-    """One process, or data parallel with the whole optimizer on each rank.
+    """One process, or data parallel with the whole of AdamW on each rank.
 
     Weights, masters and gradient sums of a group lie in one buffer each, so that a step is a handful of kernels and, over
-    several ranks, two reductions of fp32 sums a step.
+    several ranks, a reduction of fp32 sums for each group. Of a group that Muon trains, a rank updates its slice.
     """
 
     def __init__(self, model: PretrainingModel, config: Config, plan: Plan, distributed: Distributed, precision: str):
         model.to(distributed.device, torch.bfloat16 if precision == "bf16" else torch.float32)
         super().__init__(model, config, plan, distributed, precision)
-        self._groups = [_FlatGroup(**group) for group in parameter_groups(model, config.weight_decay)]
-        if distributed.num_ranks > 1:
-            for group in self._groups:
-                dist.broadcast(group.masters, src=0)
-                group.masters_to_weights()
-        self.optimizer = _adamw(
-            [{"params": [group.masters], "weight_decay": group.weight_decay} for group in self._groups], config
-        )
+        self._groups = [_FlatGroup(group, distributed) for group in self.parameter_groups]
+        options = [{"params": [flat.masters], **flat.group.options()} for flat in self._groups]
+        self.optimizer = make_optimizer(options, config, precision, distributed.rank, distributed.num_ranks, distributed.cuda)
 
-    def train_step(self, micro_batches: Iterable[torch.Tensor], learning_rate: float) -> StepResult:
+    def train_step(self, micro_batches: Iterable[torch.Tensor], values: Hyperparameters) -> StepResult:
         total = torch.zeros((), device=self.distributed.device)
         for rows in micro_batches:
             loss = self.model(rows).mean() / self.plan.accumulation
@@ -255,9 +249,9 @@ class ReplicatedEngine(Engine):
         skipped = (~norm.isfinite()).float()
         # Fused AdamW leaves weights, moments and its step alone where found_inf is 1: no look from the host is needed.
         self.optimizer.found_inf = skipped
-        for parameters, group in zip(self.optimizer.param_groups, self._groups, strict=True):
-            parameters["lr"] = learning_rate
-            group.masters.grad = group.gradients
+        set_hyperparameters(self.optimizer.param_groups, values)
+        for group in self._groups:
+            group.masters.grad = group.own(group.gradients)
         self.optimizer.step()
         for group in self._groups:
             group.masters_to_weights()
@@ -267,8 +261,9 @@ class ReplicatedEngine(Engine):
     def _full_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for group in self._groups:
             moments = self.optimizer.state[group.masters]
-            for kind, flat in (("model", group.masters), *((k, moments[k]) for k in ("exp_avg", "exp_avg_sq"))):
-                for name, tensor in group.named_views(flat.detach()):
+            kinds = STATE_KINDS[group.group.algorithm]
+            for kind, own in (("model", group.masters), *((kind, moments[kind]) for kind in kinds)):
+                for name, tensor in group.named_views(group.whole(own.detach())):
                     yield kind, name, tensor
 
     def _optimizer_step(self) -> torch.Tensor:
@@ -277,40 +272,67 @@ class ReplicatedEngine(Engine):
     @torch.no_grad()
     def load_full_state(self, state: dict[str, torch.Tensor]) -> None:
         for group in self._groups:
-            moments = {kind: torch.zeros_like(group.masters) for kind in ("exp_avg", "exp_avg_sq")}
-            for kind, flat in (("model", group.masters), *moments.items()):
+            moments = initial_state(group.group.algorithm, group.masters)
+            for kind in ("model", *STATE_KINDS[group.group.algorithm]):
+                flat = torch.zeros_like(group.gradients)
                 for name, tensor in group.named_views(flat):
                     tensor.copy_(state[f"{kind}.{name.removeprefix('gpt2.')}"])
-            step = state["step"].reshape(()).to(group.masters.device, copy=True)
-            self.optimizer.state[group.masters] = {"step": step, **moments}
+                (group.masters if kind == "model" else moments[kind]).copy_(group.own(flat))
+            if "step" in moments:
+                moments["step"].copy_(state["step"].reshape(()))
+            self.optimizer.state[group.masters] = moments
             group.masters_to_weights()
 
 
 class _FlatGroup:
-    """The parameters of a group in flat buffers: weights in the model's precision, masters and gradient sums in fp32."""
+    """The parameters of a group in flat buffers: weights in the model's precision, masters and gradient sums in fp32.
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], weight_decay: float):
-        self.named, self.weight_decay = named, weight_decay
-        parameters = [p for _, p in named]
-        self.weights = torch.cat([p.detach().flatten() for p in parameters])
+    Where Muon trains them, they are padded to a multiple of the ranks and a rank has the masters of its slice only.
+    """
+
+    def __init__(self, group: ParameterGroup, distributed: Distributed):
+        self.group, self.named = group, group.named
+        self._sharded = group.algorithm == "muon" and distributed.num_ranks > 1
+        parts, part = (distributed.num_ranks, distributed.rank) if self._sharded else (1, 0)
+        parameters = [p for _, p in self.named]
+        weights = [p.detach().flatten() for p in parameters]
+        self._size = sum(p.numel() for p in parameters)
+        self.weights = torch.cat([*weights, weights[0].new_zeros(-self._size % parts)])
+        if distributed.num_ranks > 1:
+            dist.broadcast(self.weights, src=0)
+        slice_size = self.weights.numel() // parts
+        self._own = slice(part * slice_size, (part + 1) * slice_size)
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
-        self.masters = self.weights if self.weights.dtype == torch.float32 else self.weights.float()
+        self._in_place = self.weights.dtype == torch.float32
+        self.masters = self.own(self.weights) if self._in_place else self.own(self.weights).float()
         self._gradient_views = [view for _, view in self.named_views(self.gradients)]
         for (_, view), gradient, p in zip(self.named_views(self.weights), self._gradient_views, parameters, strict=True):
             p.data = view
-            if self.masters is self.weights:
+            if self._in_place:
                 p.grad = gradient  # backward adds straight into the sums
+
+    def own(self, flat: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a flat buffer: all of it where the optimizer is replicated."""
+        return flat[self._own]
+
+    def whole(self, own: torch.Tensor) -> torch.Tensor:
+        """The flat buffer of which every rank gives its slice."""
+        if not self._sharded:
+            return own
+        flat = torch.empty_like(self.weights, dtype=own.dtype)
+        dist.all_gather_into_tensor(flat, own)
+        return flat
 
     def named_views(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters' parts of a flat buffer, in their shapes."""
-        parts = flat.split([p.numel() for _, p in self.named])
+        parts = flat[: self._size].split([p.numel() for _, p in self.named])
         for (name, p), part in zip(self.named, parts, strict=True):
             yield name, part.view_as(p)
 
     @torch.no_grad()
     def accumulate(self) -> None:
         """Add the bf16 gradients of a backward to the fp32 sums and drop them."""
-        if self.masters is self.weights:
+        if self._in_place:
             return
         torch._foreach_add_(self._gradient_views, [p.grad for _, p in self.named])
         for _, p in self.named:
@@ -318,8 +340,10 @@ class _FlatGroup:
 
     @torch.no_grad()
     def masters_to_weights(self) -> None:
-        if self.masters is not self.weights:
-            self.weights.copy_(self.masters)
+        if not self._in_place:
+            self.own(self.weights).copy_(self.masters)
+        if self._sharded:
+            dist.all_gather_into_tensor(self.weights, self.own(self.weights))
 
 
 class Zero1Engine(Engine):
@@ -344,25 +368,21 @@ class Zero1Engine(Engine):
             del os.environ[name]
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, plan, precision))
         self.accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=plan.accumulation)
-        groups = parameter_groups(model, config.weight_decay)
-        optimizer = _adamw([{"params": [p for _, p in g["named"]], "weight_decay": g["weight_decay"]} for g in groups], config)
+        options = [{"params": [p for _, p in group.named], **group.options()} for group in self.parameter_groups]
+        optimizer = make_optimizer(options, config, precision, distributed.rank, distributed.num_ranks, distributed.cuda)
+        self._state_kinds = state_kinds(self.parameter_groups)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables past its logger
             self.engine, _ = self.accelerator.prepare(model, optimizer)
         # DeepSpeed links parameters to their moments at the first step of the first group, when those of the second do
         # not exist yet under fp32. With moments from the start, every group is linked.
         base = self.engine.optimizer.optimizer
-        for masters in self._flat_masters():
-            base.state[masters] = {
-                "step": torch.zeros((), device=masters.device),
-                "exp_avg": torch.zeros_like(masters),
-                "exp_avg_sq": torch.zeros_like(masters),
-            }
+        for masters, group in zip(self._flat_masters(), self.parameter_groups, strict=True):
+            base.state[masters] = initial_state(group.algorithm, masters)
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def train_step(self, micro_batches: Iterable[torch.Tensor], learning_rate: float) -> StepResult:
+    def train_step(self, micro_batches: Iterable[torch.Tensor], values: Hyperparameters) -> StepResult:
         total = torch.zeros((), device=self.distributed.device)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_hyperparameters(self.engine.optimizer.param_groups, values)
         skipped_before = self.engine.skipped_steps
         for rows in micro_batches:
             loss = self.engine(rows).mean()
@@ -383,7 +403,7 @@ class Zero1Engine(Engine):
 
         for name, p in self.model.named_parameters():
             yield "model", name, safe_get_full_fp32_param(p)
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in self._state_kinds[name]:
                 yield kind, name, safe_get_full_optimizer_state(p, kind)
 
     def _optimizer_step(self) -> torch.Tensor:
@@ -394,11 +414,13 @@ class Zero1Engine(Engine):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for masters in self._flat_masters():
-            self.engine.optimizer.optimizer.state[masters]["step"].copy_(state["step"].reshape(()))
-        for name, p in self.model.named_parameters():
-            name = name.removeprefix("gpt2.")
+            moments = self.engine.optimizer.optimizer.state[masters]
+            if "step" in moments:
+                moments["step"].copy_(state["step"].reshape(()))
+        for full_name, p in self.model.named_parameters():
+            name = full_name.removeprefix("gpt2.")
             safe_set_full_fp32_param(p, state[f"model.{name}"])
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in self._state_kinds[full_name]:
                 safe_set_full_optimizer_state(p, state[f"{kind}.{name}"], kind)
             p.data.copy_(state[f"model.{name}"])
 

@@ -28,19 +28,22 @@ class Plan:
     """Optimizer steps of the run."""
     warmup_steps: int
     """Steps of linear warm-up."""
+    decay_steps: int
+    """Steps of decay at the end of the trapezoidal schedule; 0 under the others."""
     total_tokens: int
     """Tokens of the run: max_steps x tokens_per_step."""
 
     def lines(self, config: Config, vocab_size: int | None) -> list[str]:
         """The numbers as `name value` lines; `vocab_size` None stands for GPT-2's, not yet read."""
         parameters = count_parameters(config, vocab_size or GPT2_VOCAB_SIZE)
+        decay = f", {self.decay_steps:,} decay" if self.decay_steps else ""
         assumed = "" if vocab_size else f"  (assuming GPT-2's vocabulary of {GPT2_VOCAB_SIZE:,})"
         return [
             f"parameters        {parameters:,}{assumed}",
             f"ranks             {self.num_processes}",
             f"tokens a step     {self.tokens_per_step:,}  ({config.micro_batch_size} rows x {config.sequence_length} "
             f"tokens x {self.num_processes} ranks x {self.accumulation} accumulation)",
-            f"steps             {self.max_steps:,}  ({self.warmup_steps:,} of them warm-up)",
+            f"steps             {self.max_steps:,}  ({self.warmup_steps:,} of them warm-up{decay})",
             f"tokens in all     {self.total_tokens:,}",
         ]
 
@@ -50,9 +53,9 @@ def make_plan(config: Config, num_processes: int) -> Plan:
 
     Raises:
         ConfigError: if batch_tokens is not micro_batch_size x sequence_length x ranks x a whole accumulation, or the
-            warm-up does not fit the run.
+            warm-up and the decay do not fit the run.
     """
-    problems = _batch_problems(config, num_processes) + _warmup_problems(config)
+    problems = _batch_problems(config, num_processes) + _schedule_problems(config)
     if problems:
         raise ConfigError(*problems)
     max_steps = _max_steps(config)
@@ -62,7 +65,8 @@ def make_plan(config: Config, num_processes: int) -> Plan:
         accumulation=config.batch_tokens // (config.micro_batch_size * config.sequence_length * num_processes),
         rows_per_step=config.batch_tokens // config.sequence_length,
         max_steps=max_steps,
-        warmup_steps=_warmup_steps(config, max_steps),
+        warmup_steps=_count_steps(config.warmup_steps, max_steps),
+        decay_steps=_decay_steps(config, max_steps),
         total_tokens=max_steps * config.batch_tokens,
     )
 
@@ -91,20 +95,32 @@ def _max_steps(config: Config) -> int:
     return config.max_steps or -(-config.max_tokens // config.batch_tokens)
 
 
-def _warmup_steps(config: Config, max_steps: int) -> int:
-    return round(config.warmup_steps * max_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
+def _count_steps(value: float, max_steps: int) -> int:
+    """A field that is a count of steps, or a share of the run if below 1."""
+    return round(value * max_steps) if value < 1 else int(value)
 
 
-def _warmup_problems(config: Config) -> list[str]:
+def _decay_steps(config: Config, max_steps: int) -> int:
+    return _count_steps(config.decay_steps, max_steps) if config.schedule == "trapezoidal" else 0
+
+
+def _schedule_problems(config: Config) -> list[str]:
     problems = []
     max_steps = _max_steps(config)
-    warmup = _warmup_steps(config, max_steps)
-    if config.warmup_steps >= 1 and warmup != config.warmup_steps:
-        problems.append(f"warmup_steps: {config.warmup_steps} is neither a whole number nor a share below 1")
+    warmup, decay = _count_steps(config.warmup_steps, max_steps), _decay_steps(config, max_steps)
+    for name in ("warmup_steps", "decay_steps"):
+        value = getattr(config, name)
+        if value >= 1 and int(value) != value:
+            problems.append(f"{name}: {value} is neither a whole number nor a share below 1")
     if warmup >= max_steps and not warmup == max_steps == 1:
         problems.append(
             f"warmup_steps: {warmup} steps of warm-up do not fit a run of {max_steps} steps; set fewer, or a share below 1 "
             "such as 0.05"
+        )
+    elif warmup + decay > max_steps:
+        problems.append(
+            f"decay_steps: {warmup} steps of warm-up and {decay} of decay do not fit a run of {max_steps} steps; set fewer, "
+            "or a share below 1 such as 0.2"
         )
     return problems
 
@@ -120,7 +136,7 @@ def load_run(arguments: list[str], num_processes: int) -> tuple[Config, Plan]:
     if min(config.batch_tokens, config.micro_batch_size, config.sequence_length) >= 1:
         problems += _batch_problems(config, num_processes)
         if (config.max_steps or config.max_tokens or 0) >= 1:
-            problems += _warmup_problems(config)
+            problems += _schedule_problems(config)
     problems += check_data_exists("data", config.data)
     if config.validation_data is not None:
         problems += check_data_exists("validation_data", config.validation_data)

@@ -25,7 +25,8 @@ from recipe.engine import Distributed, Engine, StepResult, make_engine, resolve_
 from recipe.files import write_json
 from recipe.model import build_model, continue_text
 from recipe.monitor.metrics import MetricsLog, format_duration, progress_line
-from recipe.optim.schedule import learning_rate
+from recipe.optim.groups import parameter_groups, state_kinds
+from recipe.optim.schedule import hyperparameters
 from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.publish.finish import finish_run
 from recipe.run_folder import RunFolder, describe_environment
@@ -157,6 +158,13 @@ class Run:
         shapes = {n: t.shape for n, t in full_state.items() if n.startswith("model.")}
         if start and shapes != {f"model.{n.removeprefix('gpt2.')}": p.shape for n, p in model.named_parameters()}:
             raise ConfigError(f"resume: {start.path} holds another model; give its n_layer, n_embd and n_positions")
+        kinds = state_kinds(parameter_groups(model, config))
+        expected = {f"{kind}.{name.removeprefix('gpt2.')}" for name in kinds for kind in kinds[name]}
+        if start and not expected <= full_state.keys():
+            theirs = "muon" if any(n.startswith("momentum_buffer.") for n in full_state) else "adamw"
+            raise ConfigError(
+                f"optimizer: {start.path} holds the state of {theirs}, not of {config.optimizer}; set optimizer {theirs}"
+            )
         self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
         self.best_val_loss = float("inf")
         if start:
@@ -255,12 +263,17 @@ class Run:
         began = time.perf_counter()
         rows = self.stream.next_batch(self.plan.rows_per_step)
         waited = time.perf_counter() - began
-        rate = learning_rate(step, self.config, self.plan)
+        values = hyperparameters(step, self.config, self.plan)
         micro_batches = self._to_device(rows).split(self.config.micro_batch_size)
-        result = self.engine.train_step(micro_batches, rate)
+        result = self.engine.train_step(micro_batches, values)
         timer.mark()
         self.step = step + 1
-        record = {"step": step + 1, "tokens": (step + 1) * self.plan.tokens_per_step, "lr": rate, "waited": waited}
+        record = {
+            "step": step + 1,
+            "tokens": (step + 1) * self.plan.tokens_per_step,
+            "lr": values.learning_rate,
+            "waited": waited,
+        }
         self._pending.append((record, result, timer))
 
     def _to_device(self, rows: np.ndarray) -> torch.Tensor:
