@@ -230,6 +230,8 @@ class ReplicatedEngine(Engine):
         self._groups = [_FlatGroup(group, distributed) for group in self.parameter_groups]
         options = [{"params": [flat.masters], **flat.group.options()} for flat in self._groups]
         self.optimizer = make_optimizer(options, config, precision, distributed.rank, distributed.num_ranks, distributed.cuda)
+        for flat in self._groups:
+            self.optimizer.state[flat.masters] = initial_state(flat.group.algorithm, flat.masters)
 
     def train_step(self, micro_batches: Iterable[torch.Tensor], values: Hyperparameters) -> StepResult:
         total = torch.zeros((), device=self.distributed.device)
