@@ -97,7 +97,7 @@ def test_every_parameter_has_one_owner_and_the_work_is_even(width, layers, ranks
         assert [p.start for p in pieces] + [matrix.numel] == [0] + [p.stop for p in pieces]
         assert owner in [p.rank for p in pieces], "an owner that holds no part of it"
         for piece in pieces:
-            assert piece.size > 0 and 0 <= piece.offset and piece.offset + piece.size <= slice_size
+            assert piece.size > 0 and piece.offset >= 0 and piece.offset + piece.size <= slice_size
             assert piece.rank * slice_size + piece.offset == begin + piece.start
         load[owner] += matrix.cost
         begin += matrix.numel

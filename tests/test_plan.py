@@ -177,6 +177,29 @@ def test_a_warmup_that_does_not_fit_is_refused(warmup, steps):
     assert re.match(rf"warmup_steps: \d+ steps of warm-up do not fit a run of {steps} steps", problem)
 
 
+@pytest.mark.parametrize("decay, expected", [(0, 0), (1, 1), (300, 300), (0.2, 200), (0.5, 500), (990, 990)])
+def test_decay_is_a_count_or_a_share_of_a_trapezoidal_run(decay, expected):
+    fields = {"decay_steps": float(decay), "warmup_steps": 10.0}
+    plan = make_plan(make_config(schedule="trapezoidal", **fields), 1)
+    assert plan.decay_steps == expected
+    assert (f", {expected} decay)" in "\n".join(plan.lines(make_config(), None))) == (expected > 0)
+    plan = make_plan(make_config(schedule="linear", **fields), 1)
+    assert plan.decay_steps == 0 and "decay" not in "\n".join(plan.lines(make_config(), None))
+
+
+@pytest.mark.parametrize("warmup, decay", [(10, 991), (0, 1001), (0.5, 0.6), (900, 0.2)])
+def test_a_decay_that_does_not_fit_is_refused(warmup, decay):
+    fields = {"warmup_steps": float(warmup), "decay_steps": float(decay)}
+    (problem,) = problems_of(make_config(schedule="trapezoidal", **fields))
+    assert re.match(r"decay_steps: \d+ steps of warm-up and \d+ of decay do not fit a run of 1000 steps", problem)
+    assert make_plan(make_config(schedule="cosine", **fields), 1).decay_steps == 0
+
+
+def test_a_fractional_count_of_decay_steps_is_refused():
+    (problem,) = problems_of(make_config(decay_steps=2.5, schedule="trapezoidal"))
+    assert problem == "decay_steps: 2.5 is neither a whole number nor a share below 1"
+
+
 def test_one_step_may_be_all_warmup():
     assert make_plan(make_config(warmup_steps=1.0, max_steps=1), 1).warmup_steps == 1
 
