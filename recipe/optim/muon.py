@@ -79,16 +79,15 @@ class MuonAdamW(torch.optim.AdamW):
                 work.add(source, target, -group["lr"] * matrices[index].scale)
         updates = {}
         if sharing.split:
-            # Cast before they are sent: it is what the owner would do, and halves what bf16 sends.
-            pieces = direction.to(self.ns_dtype)
-            wholes = sharing.collect(self.rank, pieces, self.exchange)
+            wholes = sharing.collect(self.rank, direction, self.ns_dtype, self.exchange)
             for index, whole in wholes.items():
                 updates[index] = torch.zeros_like(whole)
                 for source, target in zip(matrices[index].split(whole), matrices[index].split(updates[index]), strict=True):
                     work.add(source, target, 1.0)
         work.run(self.table, self.ns_dtype)
         if sharing.split:
-            for index, piece, update in sharing.hand_back(self.rank, updates, pieces, self.exchange):
+            like = direction.new_empty(0, dtype=self.ns_dtype)
+            for index, piece, update in sharing.hand_back(self.rank, updates, like, self.exchange):
                 piece.of(weights).add_(update, alpha=-group["lr"] * matrices[index].scale)
 
     def _direction(self, weights: torch.Tensor, group: dict) -> tuple[torch.Tensor, torch.Tensor | float]:

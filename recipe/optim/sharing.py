@@ -120,28 +120,29 @@ class Sharing:
         """The pieces that lie in the slice of `rank` and belong to matrices of `other`."""
         return [(i, piece) for i, piece in self.own_pieces(rank) if self.owners[i] == other] if rank != other else []
 
-    def collect(self, rank: int, flat: torch.Tensor, exchange: Exchange) -> dict[int, torch.Tensor]:
+    def collect(self, rank: int, flat: torch.Tensor, dtype: torch.dtype, exchange: Exchange) -> dict[int, torch.Tensor]:
         """Bring the pieces of split parameters to their owners.
 
         Args:
             flat: the rank's slice.
+            dtype: what they are sent in; if it is the owner's precision nothing is lost that would not be later.
         Returns:
             by index, the whole flat parameters that this rank owns.
         """
-        outgoing = [[piece.of(flat) for _, piece in self._lent(rank, other)] for other in range(self.num_ranks)]
-        parts = {(i, rank): piece.of(flat) for i, piece in self.own_pieces(rank) if self.owners[i] == rank}
+        outgoing = [[piece.of(flat).to(dtype) for _, piece in self._lent(rank, other)] for other in range(self.num_ranks)]
+        parts = {(i, rank): piece.of(flat).to(dtype) for i, piece in self.own_pieces(rank) if self.owners[i] == rank}
         incoming = [self._lent(other, rank) for other in range(self.num_ranks)]
-        parts |= _exchange_parts(outgoing, incoming, flat, exchange)
+        parts |= _exchange_parts(outgoing, incoming, flat.new_empty(0, dtype=dtype), exchange)
         return {i: torch.cat([parts[i, p.rank] for p in self.pieces[i]]) for i in self.split if self.owners[i] == rank}
 
     def hand_back(
-        self, rank: int, wholes: dict[int, torch.Tensor], flat: torch.Tensor, exchange: Exchange
+        self, rank: int, wholes: dict[int, torch.Tensor], like: torch.Tensor, exchange: Exchange
     ) -> list[tuple[int, Piece, torch.Tensor]]:
         """The way back.
 
         Args:
             wholes: by index, a flat tensor of the size of each split parameter that this rank owns.
-            flat: a tensor of their precision and device.
+            like: a tensor of their precision and device.
         Returns:
             each of this rank's pieces with the index of its parameter and its part of what the owner computed.
         """
@@ -149,7 +150,7 @@ class Sharing:
             [wholes[i][piece.start : piece.stop] for i, piece in self._lent(other, rank)] for other in range(self.num_ranks)
         ]
         incoming = [self._lent(rank, other) for other in range(self.num_ranks)]
-        parts = _exchange_parts(outgoing, incoming, flat, exchange)
+        parts = _exchange_parts(outgoing, incoming, like, exchange)
         return [
             (i, piece, wholes[i][piece.start : piece.stop] if self.owners[i] == rank else parts[i, rank])
             for i, piece in self.own_pieces(rank)
