@@ -126,6 +126,9 @@ class OptimizerConfig:
 class TrainingConfig:
     batch_tokens: int = 524_288
     """Tokens an optimizer step, over all ranks and accumulation steps."""
+    batch_ramp: str | None = None
+    """Smaller batches at first, as TOKENSxSTEPS: `131072x1000,262144x500` takes 131,072 tokens a step for 1000 steps, 262,144
+    for the next 500, and batch_tokens from then on."""
     micro_batch_size: int = 64
     """Rows a rank takes through the model at a time."""
     max_steps: int | None = None
@@ -398,6 +401,10 @@ def _range_problems(config: Config) -> list[str]:
         parse_ranges(config.skip_rows)
     except ValueError:
         problems.append(f"skip_rows: {config.skip_rows!r} is not a list of ranges; write it as 1200-1263,5000")
+    try:
+        parse_batch_ramp(config.batch_ramp)
+    except ValueError:
+        problems.append(f"batch_ramp: {config.batch_ramp!r} is not a list of TOKENSxSTEPS; write it as 131072x1000,262144x500")
     if config.tokenizer.startswith("train:"):
         try:
             valid = 257 <= _convert(config.tokenizer.removeprefix("train:"), int) <= 65_536
@@ -421,6 +428,21 @@ def parse_ranges(text: str | None) -> list[tuple[int, int]]:
         if ranges[-1][0] > ranges[-1][1] or int(first) < 0:
             raise ValueError(part)
     return ranges
+
+
+def parse_batch_ramp(text: str | None) -> tuple[tuple[int, int], ...]:
+    """`131072x1000,262144x500` as ((131072, 1000), (262144, 500)): tokens a step, and for how many steps.
+
+    Raises:
+        ValueError: for anything else, and for numbers below 1.
+    """
+    ramp = []
+    for stage in text.split(",") if text else []:
+        tokens, _, steps = stage.strip().partition("x")
+        ramp.append((int(tokens), int(steps)))
+        if min(ramp[-1]) < 1:
+            raise ValueError(stage)
+    return tuple(ramp)
 
 
 def to_yaml(config: Config) -> str:

@@ -15,7 +15,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -176,8 +176,8 @@ class Engine:
             # In place: parameter names stay, and the eager GPT2LMHeadModel inside stays usable for generation.
             model.compile(dynamic=False)
 
-    def train_step(self, micro_batches: Iterable[torch.Tensor], values: Hyperparameters) -> StepResult:
-        """Forward and backward over `plan.accumulation` micro-batches of rows [micro batch, sequence + 1], then update."""
+    def train_step(self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters) -> StepResult:
+        """Forward and backward over micro-batches of rows [micro batch, sequence + 1], as many on every rank, then update."""
         raise NotImplementedError
 
     def full_state(self) -> dict[str, torch.Tensor]:
@@ -233,10 +233,10 @@ class ReplicatedEngine(Engine):
         for flat in self._groups:
             self.optimizer.state[flat.masters] = initial_state(flat.group.algorithm, flat.masters)
 
-    def train_step(self, micro_batches: Iterable[torch.Tensor], values: Hyperparameters) -> StepResult:
+    def train_step(self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters) -> StepResult:
         total = torch.zeros((), device=self.distributed.device)
         for rows in micro_batches:
-            loss = self.model(rows).mean() / self.plan.accumulation
+            loss = self.model(rows).mean() / len(micro_batches)
             loss.backward()
             total += loss.detach()
             for group in self._groups:
@@ -382,15 +382,19 @@ class Zero1Engine(Engine):
             base.state[masters] = initial_state(group.algorithm, masters)
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def train_step(self, micro_batches: Iterable[torch.Tensor], values: Hyperparameters) -> StepResult:
+    def train_step(self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters) -> StepResult:
         total = torch.zeros((), device=self.distributed.device)
         set_hyperparameters(self.engine.optimizer.param_groups, values)
+        if len(micro_batches) != self.engine.gradient_accumulation_steps():
+            rows_per_micro_step = self.engine.train_micro_batch_size_per_gpu() * self.distributed.num_ranks
+            self.engine.set_train_batch_size(len(micro_batches) * rows_per_micro_step)
+            self.engine.micro_steps = 0  # of which DeepSpeed takes the remainder, to know the last of a step
         skipped_before = self.engine.skipped_steps
         for rows in micro_batches:
             loss = self.engine(rows).mean()
             self.engine.backward(loss)
             self.engine.step()
-            total += loss.detach() / self.plan.accumulation
+            total += loss.detach() / len(micro_batches)
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=total.device)
         skipped = torch.tensor(float(self.engine.skipped_steps - skipped_before), device=total.device)
         return StepResult(total, norm, skipped)

@@ -189,7 +189,7 @@ class Run:
         environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
         self.folder.claim(self.config, environment | {"text": text})
         self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
-        self.folder.status("running", None, self.step, self.step * self.plan.tokens_per_step)
+        self.folder.status("running", None, self.step, self.plan.tokens_after(self.step))
 
     def _obtain_tokenizer(self, training: Corpus, hold_out_part: bool):
         if isinstance(training, PreparedCorpus):
@@ -261,7 +261,7 @@ class Run:
         timer = StepTimer(self.distributed.cuda)
         timer.mark()
         began = time.perf_counter()
-        rows = self.stream.next_batch(self.plan.rows_per_step)
+        rows = self.stream.next_batch(self.plan.rows_at(step))
         waited = time.perf_counter() - began
         values = hyperparameters(step, self.config, self.plan)
         micro_batches = self._to_device(rows).split(self.config.micro_batch_size)
@@ -270,7 +270,7 @@ class Run:
         self.step = step + 1
         record = {
             "step": step + 1,
-            "tokens": (step + 1) * self.plan.tokens_per_step,
+            "tokens": self.plan.tokens_after(step + 1),
             "lr": values.learning_rate,
             "waited": waited,
         }
@@ -293,7 +293,7 @@ class Run:
             seconds = timer.seconds()
             waited = record.pop("waited")
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-            speed = self.plan.tokens_per_step / seconds
+            speed = self.plan.tokens_at(record["step"] - 1) / seconds
             line = {
                 "step": record["step"],
                 "tokens": record["tokens"],
@@ -309,8 +309,8 @@ class Run:
             lines.append(line)
         self.metrics.write(lines)
         self._pending = []
-        recent = float(np.median([line["step_seconds"] for line in lines]))
-        left = (self.plan.max_steps - lines[-1]["step"]) * recent
+        recent = float(np.median([line["tokens_per_second"] for line in lines]))
+        left = (self.plan.total_tokens - lines[-1]["tokens"]) / recent
         self.say(progress_line(lines[-1], self.plan.max_steps, left))
         self._record_position(lines[-1]["step"])
         if self.distributed.is_main:
@@ -354,7 +354,7 @@ class Run:
         total = self.distributed.mean(total)
         loss = float(total[0] / total[1])
         self.best_val_loss = min(self.best_val_loss, loss)
-        self.metrics.write([{"step": step, "tokens": step * self.plan.tokens_per_step, "val_loss": loss}])
+        self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), "val_loss": loss}])
         self.say(f"step {step} | validation loss {loss:.4f} | {format_duration(time.perf_counter() - began)}")
 
     def _sample(self, step: int) -> None:
@@ -376,7 +376,7 @@ class Run:
         data = self.stream.state()
         full_state = self.engine.full_state()
         state = {
-            "tokens": step * self.plan.tokens_per_step,
+            "tokens": self.plan.tokens_after(step),
             "data": data,
             "best_val_loss": self.best_val_loss,
             "validation_rows": self._validation_hash,

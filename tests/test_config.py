@@ -403,6 +403,12 @@ def test_numbers_too_large(words):
     assert words[0].removeprefix("--") in the_problem([*STEPS, *words])
 
 
+@pytest.mark.parametrize("ramp", ["64", "64x", "x3", "64x3,", "64x3x2", "64x-1", "0x3", "64:3", "a lot"])
+def test_a_batch_ramp_that_is_none(ramp):
+    problem = the_problem([*STEPS, "--batch_ramp", ramp])
+    assert problem == f"batch_ramp: {ramp!r} is not a list of TOKENSxSTEPS; write it as 131072x1000,262144x500"
+
+
 def test_heads_must_divide_the_width():
     assert the_problem([*STEPS, "--n_head", "7"]).startswith("n_head: 7 heads do not divide n_embd 768; ")
 
@@ -503,6 +509,7 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "beta1": lambda rng: rng.random(),
     "beta2": lambda rng: rng.random(),
     "muon_momentum": lambda rng: rng.random(),
+    "batch_ramp": lambda rng: rng.choice([None, "1x1", "64x3, 128x2", "131_072x1000"]),
     "dry_run": lambda rng: False,
     "name": lambda rng: "round",
 }
