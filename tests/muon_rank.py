@@ -7,10 +7,12 @@ writes FOLDER/results.pt on rank 0. The rows are made here, so that the test can
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from recipe.config import Config  # noqa: E402
 from recipe.engine import Distributed, Engine, make_engine  # noqa: E402
 from recipe.model import build_model  # noqa: E402
+from recipe.optim import muon  # noqa: E402
 from recipe.optim.schedule import hyperparameters  # noqa: E402
 from recipe.plan import make_plan  # noqa: E402
 
@@ -60,6 +63,20 @@ def poison(engine: Engine):
     return lambda: engine.model.__dict__.pop("forward", None)
 
 
+def count_work(engine: Engine, step: int) -> list[int]:
+    """How many matrices each rank orthogonalises in a step."""
+    work, original = np.zeros(engine.distributed.num_ranks, dtype=np.int64), muon.orthogonalize
+
+    def count(matrices: torch.Tensor, table: tuple) -> torch.Tensor:
+        work[engine.distributed.rank] += len(matrices)
+        return original(matrices, table)
+
+    muon.orthogonalize = count
+    train(engine, step, step + 1)
+    muon.orthogonalize = original
+    return engine.distributed.sum(work).tolist()
+
+
 def main(folder: Path, precision: str) -> None:
     distributed = Distributed()
     torch.set_num_threads(1)  # two threads on a busy machine wait for each other more than they compute
@@ -97,6 +114,7 @@ def main(folder: Path, precision: str) -> None:
     results["history_cured"] = train(engine, 0, 1)
     results["after_cure"] = engine.full_state()
 
+    results["work"] = count_work(engine, 1)
     engine.load_full_state(start)
     optimizer.ns_dtype = torch.bfloat16
     results["history_bf16"] = train(engine, 0, LONG)
@@ -107,3 +125,4 @@ def main(folder: Path, precision: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    os._exit(0)  # as scripts/pretrain.py does, and for its reason

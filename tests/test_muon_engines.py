@@ -153,6 +153,14 @@ def test_a_bf16_run_follows_the_reference(results, reference, accelerate_file: s
     assert largest(found["history_bf16"]["loss"], reference["loss"], LONG) < 2e-3
 
 
+@pytest.mark.parametrize("accelerate_file", ALL)
+def test_the_work_is_shared_out(results, accelerate_file: str) -> None:
+    work = results(accelerate_file, "fp32")["work"]
+    assert sum(work) == 6 * CONFIG.n_layer, "a matrix is orthogonalised twice, or not at all"
+    # One and a half of three blocks each: the c_fc in the middle is done by either.
+    assert sorted(work) == ([18] if accelerate_file == "cpu" else [8, 10]), work
+
+
 # --- state --------------------------------------------------------------------------------------------------------
 
 

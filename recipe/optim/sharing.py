@@ -7,6 +7,7 @@ and their updates are sent back: at most one parameter for each of the N - 1 bou
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,12 @@ class Sharing:
         self.owners = self._choose_owners(matrices)
         self.split = [index for index, pieces in enumerate(self.pieces) if len(pieces) > 1]
         """Parameters that lie across a boundary."""
+        self._lent: dict[tuple[int, int], list[tuple[int, Piece]]] = defaultdict(list)
+        """By rank and owner, the pieces in the rank's slice of matrices that are another's."""
+        for index in self.split:
+            for piece in self.pieces[index]:
+                if piece.rank != self.owners[index]:
+                    self._lent[piece.rank, self.owners[index]].append((index, piece))
 
     def _choose_owners(self, matrices: Sequence[BlockMatrix]) -> list[int]:
         owners = [pieces[0].rank for pieces in self.pieces]
@@ -116,10 +123,6 @@ class Sharing:
         """The rank's pieces of parameters that lie across a boundary."""
         return [(i, piece) for i in self.split for piece in self.pieces[i] if piece.rank == rank]
 
-    def _lent(self, rank: int, other: int) -> list[tuple[int, Piece]]:
-        """The pieces that lie in the slice of `rank` and belong to matrices of `other`."""
-        return [(i, piece) for i, piece in self.own_pieces(rank) if self.owners[i] == other] if rank != other else []
-
     def collect(self, rank: int, flat: torch.Tensor, dtype: torch.dtype, exchange: Exchange) -> dict[int, torch.Tensor]:
         """Bring the pieces of split parameters to their owners.
 
@@ -129,9 +132,9 @@ class Sharing:
         Returns:
             by index, the whole flat parameters that this rank owns.
         """
-        outgoing = [[piece.of(flat).to(dtype) for _, piece in self._lent(rank, other)] for other in range(self.num_ranks)]
+        outgoing = [[piece.of(flat).to(dtype) for _, piece in self._lent[rank, other]] for other in range(self.num_ranks)]
         parts = {(i, rank): piece.of(flat).to(dtype) for i, piece in self.own_pieces(rank) if self.owners[i] == rank}
-        incoming = [self._lent(other, rank) for other in range(self.num_ranks)]
+        incoming = [self._lent[other, rank] for other in range(self.num_ranks)]
         parts |= _exchange_parts(outgoing, incoming, flat.new_empty(0, dtype=dtype), exchange)
         return {i: torch.cat([parts[i, p.rank] for p in self.pieces[i]]) for i in self.split if self.owners[i] == rank}
 
@@ -147,9 +150,9 @@ class Sharing:
             each of this rank's pieces with the index of its parameter and its part of what the owner computed.
         """
         outgoing = [
-            [wholes[i][piece.start : piece.stop] for i, piece in self._lent(other, rank)] for other in range(self.num_ranks)
+            [wholes[i][piece.start : piece.stop] for i, piece in self._lent[other, rank]] for other in range(self.num_ranks)
         ]
-        incoming = [self._lent(rank, other) for other in range(self.num_ranks)]
+        incoming = [self._lent[rank, other] for other in range(self.num_ranks)]
         parts = _exchange_parts(outgoing, incoming, like, exchange)
         return [
             (i, piece, wholes[i][piece.start : piece.stop] if self.owners[i] == rank else parts[i, rank])
