@@ -54,7 +54,9 @@ class MuonAdamW(torch.optim.AdamW):
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["algorithm"] == "adamw"]
         try:
-            super().step()
+            # ZeRO-1 in fp32 steps one group at a time. Of no groups at all torch says that all are capturable, and warns.
+            if self.param_groups:
+                super().step()
         finally:
             self.param_groups = groups
         for group in groups:
