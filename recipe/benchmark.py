@@ -19,9 +19,10 @@ from recipe.config import Config, parse_ranges
 from recipe.data.corpus import open_corpora
 from recipe.data.prepared import PreparedCorpus, encoder_for
 from recipe.data.stream import Exchange, RowStream
-from recipe.engine import OPTIMIZER, Distributed, make_engine, resolve_precision
+from recipe.distributed import Distributed, resolve_precision
+from recipe.engine import OPTIMIZER, make_engine
 from recipe.model import build_model
-from recipe.optim.schedule import learning_rate
+from recipe.optim.schedule import hyperparameters
 from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.tokenizer import Encoder, load_tokenizer
 
@@ -119,8 +120,8 @@ def benchmark_training(config: Config, plan: Plan, distributed: Distributed, ste
 
         def step(index: int) -> None:
             if whole:
-                micro_batches = rows_of(plan.rows_per_step).split(config.micro_batch_size)
-                engine.train_step(micro_batches, learning_rate(index, config, plan))
+                micro_batches = rows_of(plan.rows_at(index)).split(config.micro_batch_size)
+                engine.train_step(micro_batches, hyperparameters(index, config, plan))
             else:
                 engine.model(rows_of(config.micro_batch_size * distributed.num_ranks)).mean().backward()
                 for parameter in model.parameters():

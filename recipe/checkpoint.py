@@ -3,7 +3,7 @@
 A checkpoint is the folder `checkpoints/step-00000500` of
 
     model.safetensors      fp32 masters by name, as in GPT2LMHeadModel, vocabulary padded
-    optimizer.safetensors  fp32 moments by name, and the optimizer's step
+    optimizer.safetensors  fp32 moments or momentum by name, and AdamW's step
     state.json             step, tokens, the data stream's state, best losses
     MANIFEST.json          size and sha256 of each of these, written last
 
@@ -26,7 +26,7 @@ from recipe.files import sha256, sync, sync_folder, write_json
 
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_MOMENTS = ("exp_avg.", "exp_avg_sq.")
+_MOMENTS = ("exp_avg.", "exp_avg_sq.", "momentum_buffer.")
 
 
 class CheckpointError(RuntimeError):

@@ -76,9 +76,9 @@ def _train(config: Config, plan: Plan, folder: RunFolder, rank: int) -> int:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         print(f"rank {rank} failed at step {run.step}: {reason}", file=sys.stderr, flush=True)
         if folder.config.is_file():
-            folder.status("failed", EXIT_FAULT, run.step, run.step * plan.tokens_per_step, reason, rank)
+            folder.status("failed", EXIT_FAULT, run.step, plan.tokens_after(run.step), reason, rank)
         return EXIT_FAULT
-    tokens = run.step * plan.tokens_per_step
+    tokens = plan.tokens_after(run.step)
     if stopped_by is not None:
         if rank == 0:
             folder.status("stopped", EXIT_STOPPED, run.step, tokens, f"signal {stopped_by.name}")

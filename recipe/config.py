@@ -83,18 +83,21 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    optimizer: typing.Literal["adamw"] = "adamw"
-    """AdamW, decay on what has two dimensions."""
+    optimizer: typing.Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the blocks' matrices and AdamW for embeddings, positions, biases and LayerNorms."""
     learning_rate: float = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
     warmup_steps: float = 700
     """Linear warm-up: a count of steps, or a share of the run if below 1."""
-    schedule: typing.Literal["constant", "cosine", "linear"] = "cosine"
-    """Learning rate after the warm-up."""
+    schedule: typing.Literal["constant", "cosine", "linear", "trapezoidal"] = "cosine"
+    """Learning rates after the warm-up. trapezoidal is stable until the last decay_steps, so that shorter and longer runs can
+    branch off its checkpoints: --resume CHECKPOINT --output_dir NEW --max_steps N."""
+    decay_steps: float = 0.2
+    """Linear decay at the end of the trapezoidal schedule: a count of steps, or a share of the run if below 1."""
     final_learning_rate: float = 0.0
-    """Where cosine and linear end, as a share of learning_rate."""
+    """Where cosine, linear and trapezoidal end, as a share of the peak."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings; biases and LayerNorms have none."""
+    """AdamW's decoupled weight decay of matrices and embeddings; biases and LayerNorms have none."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
@@ -103,12 +106,29 @@ class OptimizerConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of Muon, with the same schedule; of each matrix times max(1, outputs / inputs)^0.5."""
+    muon_momentum: float = 0.95
+    """Muon's momentum (Nesterov's)."""
+    muon_momentum_warmup_steps: int = 0
+    """Steps over which Muon's momentum rises from 0.85."""
+    muon_weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices that Muon trains."""
+    muon_polynomial: typing.Literal["quintic", "polar_express"] = "quintic"
+    """Coefficients of Newton-Schulz: Keller Jordan's, or those of The Polar Express (Amsel et al. 2025)."""
+    muon_ns_steps: int = 5
+    """Iterations of Newton-Schulz."""
+    muon_ns_dtype: typing.Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of Newton-Schulz. auto: bf16 on a GPU that trains in bf16, else fp32."""
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
     batch_tokens: int = 524_288
     """Tokens an optimizer step, over all ranks and accumulation steps."""
+    batch_ramp: str | None = None
+    """Smaller batches at first, as TOKENSxSTEPS: `131072x1000,262144x500` takes 131,072 tokens a step for 1000 steps, 262,144
+    for the next 500, and batch_tokens from then on."""
     micro_batch_size: int = 64
     """Rows a rank takes through the model at a time."""
     max_steps: int | None = None
@@ -355,12 +375,13 @@ def _describe(hint: object) -> str:
 
 _AT_LEAST = {
     "validation_tokens": 1, "sequence_length": 1, "max_epochs": 1, "data_workers": 0, "n_layer": 1, "n_head": 1,
-    "n_embd": 1, "n_positions": 1, "learning_rate": 0, "warmup_steps": 0, "final_learning_rate": 0, "weight_decay": 0,
-    "beta1": 0, "beta2": 0, "epsilon": 0, "max_grad_norm": 0, "batch_tokens": 1, "micro_batch_size": 1, "max_steps": 1,
-    "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
+    "n_embd": 1, "n_positions": 1, "learning_rate": 0, "warmup_steps": 0, "decay_steps": 0, "final_learning_rate": 0,
+    "weight_decay": 0, "beta1": 0, "beta2": 0, "epsilon": 0, "max_grad_norm": 0, "muon_learning_rate": 0, "muon_momentum": 0,
+    "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0, "muon_ns_steps": 1, "batch_tokens": 1, "micro_batch_size": 1,
+    "max_steps": 1, "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
     "sample_every": 0, "evaluate_limit": 1,
 }  # fmt: skip
-_BELOW = {"beta1": 1, "beta2": 1, "seed": 2**64}
+_BELOW = {"beta1": 1, "beta2": 1, "muon_momentum": 1, "seed": 2**64}
 
 
 def _range_problems(config: Config) -> list[str]:
@@ -384,6 +405,10 @@ def _range_problems(config: Config) -> list[str]:
         parse_ranges(config.skip_rows)
     except ValueError:
         problems.append(f"skip_rows: {config.skip_rows!r} is not a list of ranges; write it as 1200-1263,5000")
+    try:
+        parse_batch_ramp(config.batch_ramp)
+    except ValueError:
+        problems.append(f"batch_ramp: {config.batch_ramp!r} is not a list of TOKENSxSTEPS; write it as 131072x1000,262144x500")
     if config.tokenizer.startswith("train:"):
         try:
             valid = 257 <= _convert(config.tokenizer.removeprefix("train:"), int) <= 65_536
@@ -407,6 +432,21 @@ def parse_ranges(text: str | None) -> list[tuple[int, int]]:
         if ranges[-1][0] > ranges[-1][1] or int(first) < 0:
             raise ValueError(part)
     return ranges
+
+
+def parse_batch_ramp(text: str | None) -> tuple[tuple[int, int], ...]:
+    """`131072x1000,262144x500` as ((131072, 1000), (262144, 500)): tokens a step, and for how many steps.
+
+    Raises:
+        ValueError: for anything else, and for numbers below 1.
+    """
+    ramp = []
+    for stage in text.split(",") if text else []:
+        tokens, _, steps = stage.strip().partition("x")
+        ramp.append((int(tokens), int(steps)))
+        if min(ramp[-1]) < 1:
+            raise ValueError(stage)
+    return tuple(ramp)
 
 
 def to_yaml(config: Config) -> str:

@@ -93,15 +93,6 @@ class PretrainingModel(nn.Module):
         return head_losses(hidden.flatten(0, 1), weight, targets.flatten(), self.vocab_size, self.kernels.head).view_as(targets)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups of (name, parameter): matrices and embeddings with decay, biases and LayerNorms without."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"named": [(n, p) for n, p in named if p.dim() >= 2], "weight_decay": weight_decay},
-        {"named": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
 @torch.no_grad()
 def continue_text(
     gpt2: GPT2LMHeadModel,

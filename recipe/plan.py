@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipe.config import Config, ConfigError, parse_config
+from recipe.config import Config, ConfigError, parse_batch_ramp, parse_config
 from recipe.data.corpus import check_data_exists
 
 GPT2_VOCAB_SIZE = 50_257
@@ -19,28 +19,56 @@ class Plan:
     num_processes: int
     """Ranks."""
     tokens_per_step: int
-    """Tokens an optimizer step."""
+    """Tokens an optimizer step, after the ramp."""
     accumulation: int
-    """Micro-steps a rank takes for an optimizer step."""
+    """Micro-steps a rank takes for an optimizer step, after the ramp."""
     rows_per_step: int
-    """Rows of `sequence_length` targets an optimizer step, over all ranks."""
+    """Rows of `sequence_length` targets an optimizer step, over all ranks, after the ramp."""
     max_steps: int
     """Optimizer steps of the run."""
     warmup_steps: int
     """Steps of linear warm-up."""
+    decay_steps: int
+    """Steps of decay at the end of the trapezoidal schedule; 0 under the others."""
     total_tokens: int
-    """Tokens of the run: max_steps x tokens_per_step."""
+    """Tokens of the run."""
+    ramp: tuple[tuple[int, int], ...] = ()
+    """Smaller batches at first: tokens a step, and for how many steps."""
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens of optimizer step `step`, counted from 0."""
+        for tokens, steps in self.ramp:
+            if step < steps:
+                return tokens
+            step -= steps
+        return self.tokens_per_step
+
+    def rows_at(self, step: int) -> int:
+        """Rows of optimizer step `step`, counted from 0, over all ranks."""
+        return self.tokens_at(step) * self.rows_per_step // self.tokens_per_step
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens of the first `steps` steps."""
+        total = 0
+        for tokens, count in self.ramp:
+            part = min(steps, count)
+            total += part * tokens
+            steps -= part
+        return total + steps * self.tokens_per_step
 
     def lines(self, config: Config, vocab_size: int | None) -> list[str]:
         """The numbers as `name value` lines; `vocab_size` None stands for GPT-2's, not yet read."""
         parameters = count_parameters(config, vocab_size or GPT2_VOCAB_SIZE)
+        decay = f", {self.decay_steps:,} decay" if self.decay_steps else ""
+        ramp = ", then ".join(f"{tokens:,} tokens for {steps:,} steps" for tokens, steps in self.ramp)
         assumed = "" if vocab_size else f"  (assuming GPT-2's vocabulary of {GPT2_VOCAB_SIZE:,})"
         return [
             f"parameters        {parameters:,}{assumed}",
             f"ranks             {self.num_processes}",
             f"tokens a step     {self.tokens_per_step:,}  ({config.micro_batch_size} rows x {config.sequence_length} "
             f"tokens x {self.num_processes} ranks x {self.accumulation} accumulation)",
-            f"steps             {self.max_steps:,}  ({self.warmup_steps:,} of them warm-up)",
+            *([f"batch ramp        {ramp}"] if ramp else []),
+            f"steps             {self.max_steps:,}  ({self.warmup_steps:,} of them warm-up{decay})",
             f"tokens in all     {self.total_tokens:,}",
         ]
 
@@ -49,22 +77,25 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     """Derive the numbers of a run over `num_processes` ranks.
 
     Raises:
-        ConfigError: if batch_tokens is not micro_batch_size x sequence_length x ranks x a whole accumulation, or the
-            warm-up does not fit the run.
+        ConfigError: if batch_tokens, or a batch of the ramp, is not micro_batch_size x sequence_length x ranks x a whole
+            accumulation, or the warm-up and the decay do not fit the run.
     """
-    problems = _batch_problems(config, num_processes) + _warmup_problems(config)
+    problems = _batch_problems(config, num_processes) + _schedule_problems(config)
     if problems:
         raise ConfigError(*problems)
     max_steps = _max_steps(config)
-    return Plan(
+    plan = Plan(
         num_processes=num_processes,
         tokens_per_step=config.batch_tokens,
         accumulation=config.batch_tokens // (config.micro_batch_size * config.sequence_length * num_processes),
         rows_per_step=config.batch_tokens // config.sequence_length,
         max_steps=max_steps,
-        warmup_steps=_warmup_steps(config, max_steps),
-        total_tokens=max_steps * config.batch_tokens,
+        warmup_steps=_count_steps(config.warmup_steps, max_steps),
+        decay_steps=_decay_steps(config, max_steps),
+        total_tokens=0,
+        ramp=_ramp(config),
     )
+    return replace(plan, total_tokens=plan.tokens_after(max_steps))
 
 
 def _batch_problems(config: Config, num_processes: int) -> list[str]:
@@ -84,27 +115,62 @@ def _batch_problems(config: Config, num_processes: int) -> list[str]:
             f"batch_tokens: {config.batch_tokens} is not a multiple of micro_batch_size {config.micro_batch_size} x "
             f"sequence_length {config.sequence_length} x {num_processes} ranks = {tokens_per_micro_step}; {remedy} works"
         )
+    for tokens, _ in _ramp(config):
+        accumulation, rest = divmod(tokens, tokens_per_micro_step)
+        if rest:
+            lower = accumulation * tokens_per_micro_step
+            choices = " or ".join(str(n) for n in (lower, lower + tokens_per_micro_step) if n)
+            problems.append(
+                f"batch_ramp: {tokens} is not a multiple of micro_batch_size x sequence_length x ranks = "
+                f"{tokens_per_micro_step}; {choices} works"
+            )
     return problems
 
 
+def _ramp(config: Config) -> tuple[tuple[int, int], ...]:
+    try:
+        return parse_batch_ramp(config.batch_ramp)
+    except ValueError:
+        return ()  # among the problems of the configuration already
+
+
 def _max_steps(config: Config) -> int:
-    return config.max_steps or -(-config.max_tokens // config.batch_tokens)
+    if config.max_steps:
+        return config.max_steps
+    steps, left = 0, config.max_tokens
+    for tokens, count in _ramp(config):
+        if left <= tokens * count:
+            return steps - (-left // tokens)
+        steps, left = steps + count, left - tokens * count
+    return steps - (-left // config.batch_tokens)
 
 
-def _warmup_steps(config: Config, max_steps: int) -> int:
-    return round(config.warmup_steps * max_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
+def _count_steps(value: float, max_steps: int) -> int:
+    """A field that is a count of steps, or a share of the run if below 1."""
+    return round(value * max_steps) if value < 1 else int(value)
 
 
-def _warmup_problems(config: Config) -> list[str]:
+def _decay_steps(config: Config, max_steps: int) -> int:
+    return _count_steps(config.decay_steps, max_steps) if config.schedule == "trapezoidal" else 0
+
+
+def _schedule_problems(config: Config) -> list[str]:
     problems = []
     max_steps = _max_steps(config)
-    warmup = _warmup_steps(config, max_steps)
-    if config.warmup_steps >= 1 and warmup != config.warmup_steps:
-        problems.append(f"warmup_steps: {config.warmup_steps} is neither a whole number nor a share below 1")
+    warmup, decay = _count_steps(config.warmup_steps, max_steps), _decay_steps(config, max_steps)
+    for name in ("warmup_steps", "decay_steps"):
+        value = getattr(config, name)
+        if value >= 1 and int(value) != value:
+            problems.append(f"{name}: {value} is neither a whole number nor a share below 1")
     if warmup >= max_steps and not warmup == max_steps == 1:
         problems.append(
             f"warmup_steps: {warmup} steps of warm-up do not fit a run of {max_steps} steps; set fewer, or a share below 1 "
             "such as 0.05"
+        )
+    elif warmup + decay > max_steps:
+        problems.append(
+            f"decay_steps: {warmup} steps of warm-up and {decay} of decay do not fit a run of {max_steps} steps; set fewer, "
+            "or a share below 1 such as 0.2"
         )
     return problems
 
@@ -120,7 +186,7 @@ def load_run(arguments: list[str], num_processes: int) -> tuple[Config, Plan]:
     if min(config.batch_tokens, config.micro_batch_size, config.sequence_length) >= 1:
         problems += _batch_problems(config, num_processes)
         if (config.max_steps or config.max_tokens or 0) >= 1:
-            problems += _warmup_problems(config)
+            problems += _schedule_problems(config)
     problems += check_data_exists("data", config.data)
     if config.validation_data is not None:
         problems += check_data_exists("validation_data", config.validation_data)

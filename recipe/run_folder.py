@@ -66,7 +66,9 @@ class RunFolder:
             raise ConfigError(
                 f"resume: {self.path} holds a run already; drop `resume none` to continue it, or choose another output_dir"
             )
-        theirs = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        # A field that is newer than the run had its default then.
+        defaults = {name: f.default for name, f in config_fields().items()}
+        theirs = defaults | yaml.safe_load(self.config.read_text(encoding="utf-8"))
         # Text and its tokens are the same data: which tokens they are is compared when they are opened.
         prepared = any(is_prepared(data) for data in (theirs.get("data") or "", config.data))
         differing = [

@@ -21,11 +21,13 @@ from recipe.data.corpus import Corpus, open_corpora
 from recipe.data.prepared import PreparedCorpus, encoder_for, load_prepared_tokenizer
 from recipe.data.stream import RowStream
 from recipe.data.validation import check_length, hold_out, read_validation_rows
-from recipe.engine import Distributed, Engine, StepResult, make_engine, resolve_precision
+from recipe.distributed import Distributed, resolve_precision
+from recipe.engine import Engine, StepResult, make_engine
 from recipe.files import write_json
 from recipe.model import build_model, continue_text
 from recipe.monitor.metrics import MetricsLog, format_duration, progress_line
-from recipe.optim.schedule import learning_rate
+from recipe.optim.groups import parameter_groups, state_kinds
+from recipe.optim.schedule import hyperparameters
 from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.publish.finish import finish_run
 from recipe.run_folder import RunFolder, describe_environment
@@ -157,6 +159,13 @@ class Run:
         shapes = {n: t.shape for n, t in full_state.items() if n.startswith("model.")}
         if start and shapes != {f"model.{n.removeprefix('gpt2.')}": p.shape for n, p in model.named_parameters()}:
             raise ConfigError(f"resume: {start.path} holds another model; give its n_layer, n_embd and n_positions")
+        kinds = state_kinds(parameter_groups(model, config))
+        expected = {f"{kind}.{name.removeprefix('gpt2.')}" for name in kinds for kind in kinds[name]}
+        if start and not expected <= full_state.keys():
+            theirs = "muon" if any(n.startswith("momentum_buffer.") for n in full_state) else "adamw"
+            raise ConfigError(
+                f"optimizer: {start.path} holds the state of {theirs}, not of {config.optimizer}; set optimizer {theirs}"
+            )
         self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
         self.best_val_loss = float("inf")
         if start:
@@ -182,7 +191,7 @@ class Run:
         environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
         self.folder.claim(self.config, environment | {"text": text})
         self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
-        self.folder.status("running", None, self.step, self.step * self.plan.tokens_per_step)
+        self.folder.status("running", None, self.step, self.plan.tokens_after(self.step))
 
     def _obtain_tokenizer(self, training: Corpus, hold_out_part: bool):
         if isinstance(training, PreparedCorpus):
@@ -254,14 +263,19 @@ class Run:
         timer = StepTimer(self.distributed.cuda)
         timer.mark()
         began = time.perf_counter()
-        rows = self.stream.next_batch(self.plan.rows_per_step)
+        rows = self.stream.next_batch(self.plan.rows_at(step))
         waited = time.perf_counter() - began
-        rate = learning_rate(step, self.config, self.plan)
+        values = hyperparameters(step, self.config, self.plan)
         micro_batches = self.distributed.to_device(rows).split(self.config.micro_batch_size)
-        result = self.engine.train_step(micro_batches, rate)
+        result = self.engine.train_step(micro_batches, values)
         timer.mark()
         self.step = step + 1
-        record = {"step": step + 1, "tokens": (step + 1) * self.plan.tokens_per_step, "lr": rate, "waited": waited}
+        record = {
+            "step": step + 1,
+            "tokens": self.plan.tokens_after(step + 1),
+            "lr": values.learning_rate,
+            "waited": waited,
+        }
         self._pending.append((record, result, timer))
 
     def _write_pending(self) -> None:
@@ -275,7 +289,7 @@ class Run:
             seconds = timer.seconds()
             waited = record.pop("waited")
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-            speed = self.plan.tokens_per_step / seconds
+            speed = self.plan.tokens_at(record["step"] - 1) / seconds
             line = {
                 "step": record["step"],
                 "tokens": record["tokens"],
@@ -291,8 +305,8 @@ class Run:
             lines.append(line)
         self.metrics.write(lines)
         self._pending = []
-        recent = float(np.median([line["step_seconds"] for line in lines]))
-        left = (self.plan.max_steps - lines[-1]["step"]) * recent
+        recent = float(np.median([line["tokens_per_second"] for line in lines]))
+        left = (self.plan.total_tokens - lines[-1]["tokens"]) / recent
         self.say(progress_line(lines[-1], self.plan.max_steps, left))
         self._record_position(lines[-1]["step"])
         if self.distributed.is_main:
@@ -336,7 +350,7 @@ class Run:
         total = self.distributed.mean(total)
         loss = float(total[0] / total[1])
         self.best_val_loss = min(self.best_val_loss, loss)
-        self.metrics.write([{"step": step, "tokens": step * self.plan.tokens_per_step, "val_loss": loss}])
+        self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), "val_loss": loss}])
         self.say(f"step {step} | validation loss {loss:.4f} | {format_duration(time.perf_counter() - began)}")
 
     def _sample(self, step: int) -> None:
@@ -358,7 +372,7 @@ class Run:
         data = self.stream.state()
         full_state = self.engine.full_state()
         state = {
-            "tokens": step * self.plan.tokens_per_step,
+            "tokens": self.plan.tokens_after(step),
             "data": data,
             "best_val_loss": self.best_val_loss,
             "validation_rows": self._validation_hash,

@@ -57,7 +57,7 @@ def main(words: list[str]) -> int:
     from recipe.benchmark import benchmark_loader, benchmark_training
     from recipe.config import ConfigError
     from recipe.data.corpus import DataError
-    from recipe.engine import Distributed
+    from recipe.distributed import Distributed
     from recipe.plan import load_run
 
     try:

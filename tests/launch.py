@@ -26,10 +26,10 @@ def options(**fields: object) -> list[str]:
     return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
 
 
-def accelerate_command(accelerate_file: str, *arguments: str) -> list[str]:
-    """The launch of `scripts/pretrain.py` with one of configs/accelerate."""
+def accelerate_command(accelerate_file: str, *arguments: str, script: str = PRETRAIN) -> list[str]:
+    """The launch of a script with one of configs/accelerate."""
     config = str(ROOT / "configs" / "accelerate" / f"{accelerate_file}.yaml")
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, PRETRAIN, *arguments]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script, *arguments]
 
 
 def environment(**extra: str) -> dict[str, str]:

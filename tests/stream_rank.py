@@ -13,7 +13,7 @@ from pathlib import Path
 
 from recipe.data.corpus import open_corpora
 from recipe.data.stream import RowStream
-from recipe.engine import Distributed
+from recipe.distributed import Distributed
 from recipe.files import write_json
 from recipe.tokenizer import Encoder, load_tokenizer
 

@@ -210,6 +210,11 @@ CASES = {
         "resume",
         ("run holds a run already", "drop `resume none` to continue it"),
     ),
+    "resume from another optimizer's checkpoint": Case(
+        "--data short --max_epochs 9 --resume run/checkpoints/step-00000002 --optimizer muon --output_dir branch",
+        "optimizer",
+        ("run/checkpoints/step-00000002 holds the state of adamw, not of muon", "set optimizer adamw"),
+    ),
     "resume from nothing": Case("--resume ./nothing", "resume", ("nothing", "does not exist")),
     "resume from a folder": Case("--resume text", "resume", ("text: no MANIFEST.json", "never finished")),
     "resume from a file": Case("--resume short/a.txt", "resume", ("short/a.txt",)),

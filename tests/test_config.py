@@ -183,9 +183,9 @@ def test_accepted_on_the_command_line(name, word, value):
         ("compile", "1", "true or false or null"),
         ("compile", "maybe", "true or false or null"),
         ("dry_run", "null", "true or false"),
-        ("schedule", "Cosine", "one of constant, cosine, linear"),
-        ("schedule", "null", "one of constant, cosine, linear"),
-        ("schedule", "[linear]", "one of constant, cosine, linear"),
+        ("schedule", "Cosine", "one of constant, cosine, linear, trapezoidal"),
+        ("schedule", "null", "one of constant, cosine, linear, trapezoidal"),
+        ("schedule", "[linear]", "one of constant, cosine, linear, trapezoidal"),
         ("precision", "fp16", "one of auto, bf16, fp32"),
     ],
 )
@@ -210,7 +210,10 @@ def test_refused_in_yaml(write, name, text, expected):
         ("learning_rate", "1__", "a number"),
         ("compile", "yes", "true or false or null"),
         ("compile", "1", "true or false or null"),
-        ("optimizer", "sgd", "one of adamw"),
+        ("optimizer", "sgd", "one of adamw, muon"),
+        ("muon_ns_dtype", "fp16", "one of auto, bf16, fp32"),
+        ("muon_polynomial", "cubic", "one of quintic, polar_express"),
+        ("muon_momentum_warmup_steps", "0.5", "a whole number"),
     ],
 )
 def test_refused_on_the_command_line(name, word, expected):
@@ -370,6 +373,10 @@ def test_no_length_is_refused():
         ("evaluate_limit", "0", "evaluate_limit: 0 is below 1"),
         ("beta1", "-0.1", "beta1: -0.1 is below 0"),
         ("beta2", "1", "beta2: 1.0 must be below 1"),
+        ("muon_learning_rate", "-0.02", "muon_learning_rate: -0.02 is below 0"),
+        ("muon_momentum", "1", "muon_momentum: 1.0 must be below 1"),
+        ("muon_ns_steps", "0", "muon_ns_steps: 0 is below 1"),
+        ("decay_steps", "-1", "decay_steps: -1.0 is below 0"),
     ],
 )
 def test_a_value_out_of_range_is_one_problem(name, word, expected):
@@ -394,6 +401,12 @@ def test_numbers_must_be_finite(write, name, value):
 )
 def test_numbers_too_large(words):
     assert words[0].removeprefix("--") in the_problem([*STEPS, *words])
+
+
+@pytest.mark.parametrize("ramp", ["64", "64x", "x3", "64x3,", "64x3x2", "64x-1", "0x3", "64:3", "a lot"])
+def test_a_batch_ramp_that_is_none(ramp):
+    problem = the_problem([*STEPS, "--batch_ramp", ramp])
+    assert problem == f"batch_ramp: {ramp!r} is not a list of TOKENSxSTEPS; write it as 131072x1000,262144x500"
 
 
 def test_heads_must_divide_the_width():
@@ -460,7 +473,7 @@ def test_every_field_is_described():
 def test_help_names_the_default_and_the_choices():
     text = help_text("pretrain.py")
     assert text.startswith("usage: pretrain.py [CONFIG.yaml] [--field value ...] [--dry_run]\n")
-    assert "\n  --schedule  one of constant, cosine, linear (default: cosine)\n" in text
+    assert "\n  --schedule  one of constant, cosine, linear, trapezoidal (default: cosine)\n" in text
     assert "\n  --n_positions  a whole number or null (default: None)\n" in text
 
 
@@ -495,6 +508,8 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "skip_rows": lambda rng: rng.choice([None, "7", "1200-1263,5000"]),
     "beta1": lambda rng: rng.random(),
     "beta2": lambda rng: rng.random(),
+    "muon_momentum": lambda rng: rng.random(),
+    "batch_ramp": lambda rng: rng.choice([None, "1x1", "64x3, 128x2", "131_072x1000"]),
     "dry_run": lambda rng: False,
     "name": lambda rng: "round",
 }

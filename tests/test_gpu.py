@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from recipe.kernels import Kernels, choose_kernels
+from recipe.optim.schedule import Hyperparameters
 from recipe.plan import load_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -80,7 +81,8 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_path() -> None:
 
 @pytest.fixture
 def engine():
-    from recipe.engine import Distributed, make_engine
+    from recipe.distributed import Distributed
+    from recipe.engine import make_engine
     from recipe.model import build_model
 
     words = ["configs/gpt2-124m.yaml", "--n_layer", "2", "--batch_tokens", "32768", "--micro_batch_size", "8"]
@@ -94,7 +96,7 @@ def test_a_step_neither_syncs_nor_recompiles(engine) -> None:
     rows = torch.randint(0, VOCAB, (32, 1025), device="cuda")
 
     def step() -> None:
-        engine.train_step(rows.split(8), 1e-4)
+        engine.train_step(rows.split(8), Hyperparameters(1e-4, 0.0, 0.0))
 
     step()
     step()

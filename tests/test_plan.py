@@ -177,6 +177,29 @@ def test_a_warmup_that_does_not_fit_is_refused(warmup, steps):
     assert re.match(rf"warmup_steps: \d+ steps of warm-up do not fit a run of {steps} steps", problem)
 
 
+@pytest.mark.parametrize("decay, expected", [(0, 0), (1, 1), (300, 300), (0.2, 200), (0.5, 500), (990, 990)])
+def test_decay_is_a_count_or_a_share_of_a_trapezoidal_run(decay, expected):
+    fields = {"decay_steps": float(decay), "warmup_steps": 10.0}
+    plan = make_plan(make_config(schedule="trapezoidal", **fields), 1)
+    assert plan.decay_steps == expected
+    assert (f", {expected} decay)" in "\n".join(plan.lines(make_config(), None))) == (expected > 0)
+    plan = make_plan(make_config(schedule="linear", **fields), 1)
+    assert plan.decay_steps == 0 and "decay" not in "\n".join(plan.lines(make_config(), None))
+
+
+@pytest.mark.parametrize("warmup, decay", [(10, 991), (0, 1001), (0.5, 0.6), (900, 0.2)])
+def test_a_decay_that_does_not_fit_is_refused(warmup, decay):
+    fields = {"warmup_steps": float(warmup), "decay_steps": float(decay)}
+    (problem,) = problems_of(make_config(schedule="trapezoidal", **fields))
+    assert re.match(r"decay_steps: \d+ steps of warm-up and \d+ of decay do not fit a run of 1000 steps", problem)
+    assert make_plan(make_config(schedule="cosine", **fields), 1).decay_steps == 0
+
+
+def test_a_fractional_count_of_decay_steps_is_refused():
+    (problem,) = problems_of(make_config(decay_steps=2.5, schedule="trapezoidal"))
+    assert problem == "decay_steps: 2.5 is neither a whole number nor a share below 1"
+
+
 def test_one_step_may_be_all_warmup():
     assert make_plan(make_config(warmup_steps=1.0, max_steps=1), 1).warmup_steps == 1
 
@@ -184,6 +207,37 @@ def test_one_step_may_be_all_warmup():
 def test_problems_of_the_plan_come_at_once():
     problems = problems_of(make_config(batch_tokens=65, warmup_steps=1000.0))
     assert [p.partition(":")[0] for p in problems] == ["batch_tokens", "warmup_steps"]
+
+
+# --- batch ramp ---------------------------------------------------------------------------------------------------
+
+
+def test_a_ramp_by_hand():
+    config = make_config(batch_tokens=512, batch_ramp="64x3,128x2", max_steps=10)
+    plan = make_plan(config, 1)
+    assert [plan.tokens_at(step) for step in range(8)] == [64, 64, 64, 128, 128, 512, 512, 512]
+    assert [plan.rows_at(step) for step in (0, 3, 5, 99)] == [2, 4, 16, 16]
+    assert [plan.tokens_after(steps) for steps in (0, 1, 3, 4, 5, 6, 10)] == [0, 64, 192, 320, 448, 960, 3008]
+    assert plan.total_tokens == 3008
+    assert "batch ramp        64 tokens for 3 steps, then 128 tokens for 2 steps" in plan.lines(config, 300)
+
+
+@pytest.mark.parametrize("ramp", [None, "64x1", "64x3,128x2", "192x7", "512x100"])
+@pytest.mark.parametrize("max_tokens", [1, 64, 65, 191, 192, 193, 447, 448, 449, 10_000])
+def test_the_steps_of_a_ramp_are_the_fewest_that_reach_max_tokens(ramp, max_tokens):
+    plan = make_plan(make_config(batch_tokens=512, batch_ramp=ramp, max_steps=None, max_tokens=max_tokens), 1)
+    assert plan.tokens_after(plan.max_steps) == plan.total_tokens >= max_tokens > plan.tokens_after(plan.max_steps - 1)
+
+
+def test_tokens_after_is_the_sum_of_tokens_at():
+    plan = make_plan(make_config(batch_tokens=512, batch_ramp="64x3,128x2,320x4"), 1)
+    assert [plan.tokens_after(n) for n in range(20)] == [sum(map(plan.tokens_at, range(n))) for n in range(20)]
+    assert all(plan.rows_at(step) * 32 == plan.tokens_at(step) for step in range(20))
+
+
+def test_a_batch_of_the_ramp_that_does_not_divide_is_refused():
+    (problem,) = problems_of(make_config(batch_tokens=512, batch_ramp="64x3,100x2,128x1"))
+    assert problem == "batch_ramp: 100 is not a multiple of micro_batch_size x sequence_length x ranks = 64; 64 or 128 works"
 
 
 # --- load_run -----------------------------------------------------------------------------------------------------

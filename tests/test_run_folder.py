@@ -139,6 +139,14 @@ def test_defaults_resolved_alike_are_the_same_run(claimed):
     assert claimed.check(given) is True
 
 
+def test_a_field_newer_than_the_run_had_its_default(claimed):
+    theirs = yaml.safe_load(claimed.config.read_text())
+    del theirs["muon_momentum"]
+    claimed.config.write_text(yaml.safe_dump(theirs))
+    assert claimed.check(make_config()) is True
+    assert "muon_momentum is 0.95 there and 0.9 now" in refusal(claimed, make_config(muon_momentum=0.9))
+
+
 def test_check_changes_nothing(claimed):
     before = {p: p.read_bytes() for p in claimed.path.rglob("*") if p.is_file()}
     claimed.check(make_config())

@@ -72,11 +72,10 @@ class BatchTracer:
         Raises:
             ConfigError: if the run has no such step.
         """
-        rows_per_step = make_plan(self.config, 1).rows_per_step if step > 0 else 0
         known = [p for p in self._positions if p["step"] < step]
         if not known:
             raise ConfigError(f"step: {step} is before the first recorded position; steps count from 1")
-        start = known[-1]
+        start, plan = known[-1], make_plan(self.config, 1)
         stream = RowStream(
             self.corpus,
             encoder_for(self.corpus, Encoder(self.tokenizer), "data"),
@@ -86,10 +85,10 @@ class BatchTracer:
             state={**start, "fingerprint": self._fingerprint, "accepted": []},
             skip_rows=parse_ranges(self.config.skip_rows),
         )
-        for _ in range(start["step"] + 1, step):
-            stream.next_batch(rows_per_step)
+        for earlier in range(start["step"] + 1, step):
+            stream.next_batch(plan.rows_at(earlier - 1))
         spans: list[Span] = []
-        rows = stream.next_batch(rows_per_step, spans)
+        rows = stream.next_batch(plan.rows_at(step - 1), spans)
         return rows, sorted(self._sources(stream, spans), key=lambda source: source.row)
 
     def _sources(self, stream: RowStream, spans: list[Span]) -> Iterator[Source]:

@@ -1,25 +1,69 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing that ranks could disagree on."""
+"""Learning rates and momentum as pure functions of the step: nothing to save, nothing that ranks could disagree on."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from recipe.config import Config
 from recipe.plan import Plan
 
+MOMENTUM_START = 0.85
+"""Where Muon's momentum warm-up begins, as in the modded-nanogpt speedruns."""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What the optimizer is told at a step."""
+
+    learning_rate: float
+    """AdamW's."""
+    muon_learning_rate: float
+    muon_momentum: float
+
+
+def hyperparameters(step: int, config: Config, plan: Plan) -> Hyperparameters:
+    """The values of optimizer step `step`, counted from 0."""
+    return Hyperparameters(
+        learning_rate=learning_rate(step, config, plan),
+        muon_learning_rate=config.muon_learning_rate * schedule_share(step, config, plan),
+        muon_momentum=muon_momentum(step, config),
+    )
+
 
 def learning_rate(step: int, config: Config, plan: Plan) -> float:
-    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule.
+    """AdamW's learning rate of optimizer step `step`, counted from 0."""
+    return config.learning_rate * schedule_share(step, config, plan)
 
-    The first step trains at learning_rate / warmup_steps, the last at the final rate plus one step's worth.
+
+def schedule_share(step: int, config: Config, plan: Plan) -> float:
+    """The share of the peak learning rates at optimizer step `step`, counted from 0: linear warm-up, then the schedule.
+
+    The first step trains at 1 / warmup_steps, the last at the final share plus one step's worth. Trapezoidal (warm-up,
+    stable, decay: Hu et al. 2024, MiniCPM) falls linearly over the last decay_steps; before them it does not depend on the
+    length of the run, so that runs of several lengths can branch off one.
     """
     if step < plan.warmup_steps:
-        return config.learning_rate * (step + 1) / plan.warmup_steps
-    done = (step - plan.warmup_steps) / max(1, plan.max_steps - plan.warmup_steps)
+        return (step + 1) / plan.warmup_steps
     final = config.final_learning_rate
-    share = {
+    start = plan.warmup_steps
+    if config.schedule == "trapezoidal":
+        start = max(start, plan.max_steps - plan.decay_steps)
+        if step < start:
+            return 1.0
+    done = (step - start) / max(1, plan.max_steps - start)
+    falling = final + (1 - final) * (1 - done)
+    return {
         "constant": 1.0,
-        "linear": final + (1 - final) * (1 - done),
+        "linear": falling,
+        "trapezoidal": falling,
         "cosine": final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)),
     }[config.schedule]
-    return config.learning_rate * share
+
+
+def muon_momentum(step: int, config: Config) -> float:
+    """Muon's momentum at optimizer step `step`, counted from 0: linear from 0.85 over muon_momentum_warmup_steps."""
+    if step >= config.muon_momentum_warmup_steps:
+        return config.muon_momentum
+    start = min(MOMENTUM_START, config.muon_momentum)
+    return start + (config.muon_momentum - start) * step / config.muon_momentum_warmup_steps

@@ -70,13 +70,15 @@ def _body(folder: RunFolder, config: dict[str, Any], environment: dict[str, Any]
     ]
     if training:
         last = training[-1]
+        ramp = f" (ramped up by {config['batch_ramp']})" if config.get("batch_ramp") else ""
+        muon = f" (Muon {config['muon_learning_rate']:g})" if config["optimizer"] == "muon" else ""
         seconds = sum(r["step_seconds"] for r in training)
         lines += [
-            f"- {last['tokens']:,} tokens in {last['step']:,} steps of {config['batch_tokens']:,} tokens, "
+            f"- {last['tokens']:,} tokens in {last['step']:,} steps of {config['batch_tokens']:,} tokens{ramp}, "
             f"{format_duration(seconds)} of training steps on {environment['ranks']} x {device}.",
-            f"- {config['optimizer']}, learning rate {config['learning_rate']:g}, {config['schedule']} schedule, weight decay "
-            f"{config['weight_decay']:g}, gradient norm clipped at {config['max_grad_norm']:g}, {environment['precision']}, "
-            f"sequence length {config['sequence_length']}, seed {config['seed']}.",
+            f"- {config['optimizer']}, learning rate {config['learning_rate']:g}{muon}, {config['schedule']} schedule, "
+            f"weight decay {config['weight_decay']:g}, gradient norm clipped at {config['max_grad_norm']:g}, "
+            f"{environment['precision']}, sequence length {config['sequence_length']}, seed {config['seed']}.",
         ]
     lines.append(f"- Command: `{' '.join(environment['command'])}`")
     if environment["commit"]:

@@ -1,0 +1,135 @@
+"""The processes of a run: who each is, what they tell each other, and what they compute on."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from recipe.config import ConfigError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""After this long a rank that waits for the others gives up."""
+
+
+class Distributed:
+    """The processes of the run: who I am, and what we tell each other."""
+
+    def __init__(self):
+        # DeepSpeed calls collectives by names that newer torch deprecates.
+        warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
+        self.cuda = torch.cuda.is_available()
+        self.deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        if not self.cuda:
+            # DeepSpeed picks its accelerator when it is imported.
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        from accelerate import PartialState
+
+        # On a CPU the group must exist before the Accelerator, which otherwise takes every DeepSpeed process for rank 0.
+        state = PartialState(cpu=not self.cuda, timeout=COLLECTIVE_TIMEOUT)
+        self.rank, self.num_ranks, self.device = state.process_index, state.num_processes, state.device
+        if self.deepspeed and not dist.is_initialized():
+            # ZeRO-1 in one process that no launcher started.
+            dist.init_process_group("nccl" if self.cuda else "gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+        self._cpu_group = dist.new_group(backend="gloo") if self.num_ranks > 1 and self.cuda else None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """The element-wise sum of every rank's int64 array, on the CPU."""
+        if self.num_ranks == 1:
+            return values
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        dist.all_reduce(tensor, group=self._cpu_group)
+        return tensor.numpy()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.sum(np.array([int(flag)], dtype=np.int64))[0])
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Only our own ranks talk here, so unpickling is safe."""
+        if self.num_ranks == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._cpu_group)
+        return box[0]
+
+    def on_main(self, function, *arguments) -> Any:
+        """Run a function on rank 0 and give its result, or its error, to every rank."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = function(*arguments)
+            except Exception as caught:
+                error = caught
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def on_each_node(self, function) -> None:
+        """Run a function on the first rank of each node, however long it takes; its error is raised on every rank."""
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(function) if first else None
+            # Waiting in one collective would end with its time-out, in a long download.
+            while self.any(future is not None and not future.done()):
+                time.sleep(0.2)
+        error = future.exception() if future else None
+        failed = np.zeros(self.num_ranks, dtype=np.int64)
+        failed[self.rank] = error is not None
+        failed = np.flatnonzero(self.sum(failed))
+        if len(failed) and self.num_ranks > 1:
+            box = [error]
+            dist.broadcast_object_list(box, src=int(failed[0]), group=self._cpu_group)
+            error = box[0]
+        if error is not None:
+            raise error
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of every rank's tensor, on the device."""
+        if self.num_ranks > 1:
+            dist.all_reduce(values)
+            values /= self.num_ranks
+        return values
+
+    def to_device(self, rows: np.ndarray) -> torch.Tensor:
+        """Token ids as int64 on the device, without waiting for it."""
+        tensor = torch.from_numpy(rows.astype(np.int64))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.any(False)
+
+    def close(self) -> None:
+        """Leave the group; what follows is each rank's own."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def resolve_precision(precision: str, cuda: bool) -> str:
+    """`auto` made concrete: bf16 where the hardware multiplies it, else fp32.
+
+    Raises:
+        ConfigError: for bf16 on a GPU that has none.
+    """
+    if cuda:
+        has_bf16 = torch.cuda.get_device_capability()[0] >= 8
+        if precision == "bf16" and not has_bf16:
+            raise ConfigError(f"precision: {torch.cuda.get_device_name()} has no bf16; use --precision fp32")
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported()
+    return precision if precision != "auto" else "bf16" if has_bf16 else "fp32"

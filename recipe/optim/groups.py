@@ -1,0 +1,90 @@
+"""Which parameter is trained by which algorithm, and the optimizer of the run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from recipe.config import Config
+from recipe.optim.muon import STATE_KINDS, MuonAdamW
+from recipe.optim.orthogonalize import coefficients
+from recipe.optim.schedule import Hyperparameters
+from recipe.optim.sharing import BlockMatrix
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are trained alike."""
+
+    named: list[tuple[str, nn.Parameter]]
+    weight_decay: float
+    algorithm: str = "adamw"
+    """adamw, or muon."""
+
+    def options(self) -> dict:
+        """The keys of the optimizer's group beside its parameters."""
+        options = {"weight_decay": self.weight_decay, "algorithm": self.algorithm}
+        if self.algorithm == "muon":
+            options["matrices"] = [_block_matrix(name, p) for name, p in self.named]
+        return options
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
+    """AdamW: what has two dimensions with decay, biases and LayerNorms without. Muon takes the blocks' matrices out of the
+    first; embeddings, positions and vectors stay with AdamW."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    vectors = [(n, p) for n, p in named if p.dim() < 2]
+    matrices = [(n, p) for n, p in named if p.dim() >= 2]
+    if config.optimizer == "adamw":
+        return [ParameterGroup(matrices, config.weight_decay), ParameterGroup(vectors, 0.0)]
+    in_blocks = [(n, p) for n, p in matrices if re.search(r"transformer\.h\.\d+\.", n)]
+    tables = [(n, p) for n, p in matrices if not re.search(r"transformer\.h\.\d+\.", n)]
+    return [
+        ParameterGroup(tables, config.weight_decay),
+        ParameterGroup(vectors, 0.0),
+        ParameterGroup(in_blocks, config.muon_weight_decay, "muon"),
+    ]
+
+
+def _block_matrix(name: str, parameter: nn.Parameter) -> BlockMatrix:
+    inputs, outputs = parameter.shape  # transformers' Conv1D multiplies from the left
+    parts = 3 if name.endswith("attn.c_attn.weight") else 1
+    return BlockMatrix(name, inputs, outputs // parts, parts)
+
+
+def make_optimizer(
+    groups: list[dict], config: Config, precision: str, rank: int, num_ranks: int, cuda: bool
+) -> torch.optim.Optimizer:
+    """The optimizer of the run.
+
+    Args:
+        groups: for each ParameterGroup its `options` and `params`: for Muon this rank's slice of the flat parameters (or
+            what ZeRO-1 will replace by that), for AdamW what this rank is to update.
+    """
+    keywords = {
+        "lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True
+    }  # fmt: skip
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **keywords)
+    # A CPU has no fast bf16 products worth the loss of digits, nor has an fp32 run asked for any.
+    automatic = "bf16" if cuda and precision == "bf16" else "fp32"
+    ns_dtype = automatic if config.muon_ns_dtype == "auto" else config.muon_ns_dtype
+    table = coefficients(config.muon_polynomial, config.muon_ns_steps)
+    return MuonAdamW(groups, table, torch.bfloat16 if ns_dtype == "bf16" else torch.float32, rank, num_ranks, **keywords)
+
+
+def set_hyperparameters(optimizer_groups: list[dict], values: Hyperparameters) -> None:
+    """Give the optimizer's groups the values of a step."""
+    for group in optimizer_groups:
+        if group["algorithm"] == "muon":
+            group["lr"], group["momentum"] = values.muon_learning_rate, values.muon_momentum
+        else:
+            group["lr"] = values.learning_rate
+
+
+def state_kinds(groups: list[ParameterGroup]) -> dict[str, tuple[str, ...]]:
+    """What the optimizer remembers of each parameter, by name: the moments of AdamW, or the momentum of Muon."""
+    return {name: STATE_KINDS[group.algorithm] for group in groups for name, _ in group.named}
