@@ -137,26 +137,31 @@ class RowStream:
             DataError: on every rank, if the text has run out or a rank could not read its part.
         """
         shards: list[np.ndarray] = []
-        own: list[tuple[np.ndarray, np.ndarray]] = []
+        own_places: list[np.ndarray] = []
+        own_rows: list[np.ndarray] = []
         count, drawn = 0, self.rows
         while count < rows:
             part = self._allocate(rows - count)
             kept = self._without_skipped(drawn, len(part))
             position = np.full(len(part), -1)
             position[kept] = count + np.arange(len(kept))
-            for shard in np.unique(part):
-                if shard in self._packers:
-                    places = position[part == shard]
-                    if trace is not None:
-                        trace += self._spans(int(shard), places)
-                    taken = self._packers[shard].take(len(places))
-                    own.append((places[places >= 0], taken[places >= 0]))
+            by_shard = np.argsort(part, kind="stable")
+            ends = np.cumsum(np.bincount(part, minlength=self.num_shards)).tolist()
+            for shard in self._packers:
+                places = position[by_shard[ends[shard - 1] if shard else 0 : ends[shard]]]
+                if not len(places):
+                    continue
+                if trace is not None:
+                    trace += self._spans(shard, places)
+                own_places.append(places)
+                own_rows.append(self._packers[shard].take(len(places)))
             shards.append(part[kept])
             count += len(kept)
             drawn += len(part)
         self.rows = drawn
+        batch = self._deliver(np.concatenate(shards), own_places, own_rows)
         self._prefetch(rows)
-        return self._deliver(np.concatenate(shards), own)
+        return batch
 
     def _spans(self, shard: int, places: np.ndarray) -> Iterator[Span]:
         units = self._units_of(shard)
@@ -238,9 +243,12 @@ class RowStream:
             for future in self._filling:
                 future.result()
             self._filling = []
-            own = [shard for shard in live if shard in self._packers]
-            fill = self._pool.map if self._pool and len(own) > 1 else map
-            for shard, count in zip(own, fill(lambda s: self._packers[s].fill(wanted, self._epoch), own), strict=True):
+            own = [shard for shard in live.tolist() if shard in self._packers]
+            available[own] = [min(wanted, self._packers[shard].buffered_rows) for shard in own]
+            # Only these: to hand a thread a task takes longer than to take a row.
+            missing = [shard for shard in own if available[shard] < wanted]
+            fill = self._pool.map if self._pool and len(missing) > 1 else map
+            for shard, count in zip(missing, fill(lambda s: self._packers[s].fill(wanted, self._epoch), missing), strict=True):
                 available[shard] = count
         except Exception as error:
             # The others learn of it in this exchange; without it they would wait for us until the time-out.
@@ -248,6 +256,10 @@ class RowStream:
         available = self._exchange.sum(available)
         if available[-1]:
             raise failed or DataError("another rank could not read its part of the text; its message says which")
+        if (available[live] == wanted).all():  # what follows, at once
+            full = np.tile(np.roll(live, -np.searchsorted(live, self._pointer)), wanted)[:rows]
+            self._pointer = (int(full[-1]) + 1) % self.num_shards
+            return full
         order: list[int] = []
         for shard in self._cycle(live):
             if len(order) == rows:
@@ -273,17 +285,19 @@ class RowStream:
                 if not self._finished[shard]:
                     yield shard
 
-    def _deliver(self, shards: np.ndarray, own: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """This rank's rows of a batch, from the rows of its own shards and their places in the batch."""
+    def _deliver(self, shards: np.ndarray, own_places: list[np.ndarray], own_rows: list[np.ndarray]) -> np.ndarray:
+        """This rank's rows of a batch, from the rows of its own shards and their places in the batch (-1: left out)."""
         rank, ranks = self._exchange.rank, self._exchange.num_ranks
+        places = np.concatenate([np.empty(0, np.int64), *own_places])
+        taken = np.concatenate([np.empty((0, self._length + 1), self._dtype), *own_rows])
+        if (places < 0).any():
+            places, taken = places[places >= 0], taken[places >= 0]
         if (shards % ranks == np.arange(len(shards)) % ranks).all():
             batch = np.empty((len(shards) // ranks, self._length + 1), dtype=self._dtype)
-            for places, taken in own:
-                batch[places // ranks] = taken
+            batch[places // ranks] = taken
             return batch
         batch = np.zeros((len(shards), self._length + 1), dtype=np.int64)
-        for places, taken in own:
-            batch[places] = taken
+        batch[places] = taken
         return self._exchange.sum(batch)[rank::ranks].astype(self._dtype)
 
     def _prefetch(self, rows: int) -> None:
@@ -292,7 +306,9 @@ class RowStream:
         live = np.flatnonzero(~self._finished)
         wanted, epoch = -(-rows // max(1, len(live))) + 1, self._epoch
         self._filling = [
-            self._pool.submit(self._packers[shard].fill, wanted, epoch) for shard in live if shard in self._packers
+            self._pool.submit(self._packers[shard].fill, wanted, epoch)
+            for shard in live.tolist()
+            if shard in self._packers and self._packers[shard].buffered_rows < wanted
         ]
 
 
