@@ -350,7 +350,8 @@ def _label_parquet(corpus: Corpus, unit: Unit) -> list[dict]:
     import pyarrow.parquet as pq
 
     with corpus.open(unit.file) as handle:
-        file = pq.ParquetFile(handle, metadata=corpus.footers[unit.file])
+        file = pq.ParquetFile(handle, metadata=corpus.footers.get(unit.file))
+        corpus.footers[unit.file] = file.metadata
         present = [name for name in LABELS if name in file.schema_arrow.names]
         if not present:
             return [{}] * file.metadata.row_group(unit.start).num_rows
