@@ -77,6 +77,11 @@ class Corpus:
     """Parquet metadata by file, read once: a footer of FineWeb is as large as a row group's text."""
 
     @property
+    def over_network(self) -> bool:
+        """Whether reading waits for the Hub."""
+        return self.remote
+
+    @property
     def text_bytes(self) -> int:
         """UTF-8 bytes of all text (estimated for .jsonl)."""
         return sum(unit.text_bytes for unit in self.units)

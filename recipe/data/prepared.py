@@ -86,6 +86,11 @@ class PreparedCorpus(Corpus):
         return self.path
 
     @property
+    def over_network(self) -> bool:
+        """No, wherever the text was: the tokens are on the disk."""
+        return False
+
+    @property
     def tokens(self) -> int:
         """Tokens of an epoch, without those held out for validation."""
         held_out = sum(int(self._table(unit)[: unit.skip, 0].sum(dtype=np.int64)) for unit in self.units if unit.skip)
