@@ -2,6 +2,8 @@
 
 python scripts/inspect_data.py runs/gpt2-124m --step 1000                 sources of the first 8 rows, and their text
 python scripts/inspect_data.py runs/gpt2-124m --step 1000 --rows 512 --json
+python scripts/inspect_data.py runs/gpt2-124m --step 1000 --source my_text   of a run on prepared tokens, which carry no id or
+                                                                             url; text on the Hub is found without --source
 """
 
 import argparse
@@ -23,18 +25,22 @@ def main() -> int:
     parser.add_argument("--step", type=int, required=True, help="optimizer step, counted from 1")
     parser.add_argument("--rows", type=int, default=8, help="rows to show")
     parser.add_argument("--characters", type=int, default=400, help="of each row's text")
+    parser.add_argument("--source", help="the text that prepared tokens were made from, for id and url")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
     from recipe.config import ConfigError
+    from recipe.data.corpus import DataError
     from recipe.data.provenance import BatchTracer, describe_source
 
     try:
-        tracer = BatchTracer(arguments.run)
+        tracer = BatchTracer(arguments.run, arguments.source)
         rows, sources = tracer.trace(arguments.step)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
+    if tracer.missing:
+        print(tracer.missing, file=sys.stderr)
     shown = [source for source in sources if source.row < arguments.rows]
     if arguments.json:
         print(json.dumps([asdict(source) for source in shown], indent=2))

@@ -1,7 +1,8 @@
-"""A Hugging Face Hub on the loopback interface, read-only, for tests that use the real clients.
+"""A Hugging Face Hub on the loopback interface, for tests that use the real clients.
 
 `HubServer` answers the requests that huggingface_hub 2.4, datasets 5.2 and transformers 5.23 make to download from
-model and dataset repositories, keeps a log of them, and breaks answers as a test wishes:
+model and dataset repositories, and to create them and upload to them (HF_HUB_DISABLE_XET=1), keeps a log of the requests,
+and breaks answers as a test wishes:
 
     with HubServer() as server:
         sha = server.add_repo("dataset", "Org/data", {"README.md": b"...", "data/a.parquet": Path("a.parquet")})
@@ -13,9 +14,11 @@ The clients read HF_ENDPOINT when they are imported, so client code belongs in a
 
 Unlike huggingface.co, the server sends large files itself (there, each request for one is redirected to a signed address
 on a storage host and so costs two; `HubServer(cdn=True)` does that), answers 404 for a missing repository whoever asks
-(there, 401 without a token), compresses nothing, and knows only repositories with a namespace.
+(there, 401 without a token), compresses nothing, knows only repositories with a namespace, and takes large files whole (there,
+those above 5 GB in parts). Any token is that of the user `tester`, a member of `Org`, who may read and write what is theirs.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -92,11 +95,16 @@ class Blob:
     def entry(self, path: str) -> dict:
         """Return the file's entry in a tree listing. Of an LFS file, `oid` is that of the pointer kept in git."""
         entry = {"type": "file", "path": path, "size": self.size, "oid": self.git_oid}
-        if path.endswith(LFS_SUFFIXES) or self.size >= LFS_BYTES:
+        if _is_large(path, self.size):
             pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
             entry["oid"] = Blob(pointer.encode()).git_oid
             entry["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": len(pointer)}
         return entry
+
+
+def _is_large(path: str, size: int) -> bool:
+    """Whether a file is kept in LFS; an empty one cannot be."""
+    return size > 0 and (path.endswith(LFS_SUFFIXES) or size >= LFS_BYTES)
 
 
 @dataclass
@@ -115,22 +123,39 @@ def _json(value: object, status: int = 200, **headers: str) -> Answer:
     return Answer(status, body, 0, len(body), {"Content-Type": "application/json", **headers})
 
 
-class NotFound(Exception):
+class Refused(Exception):
+    """An answer other than success."""
+
+    def __init__(self, status: int, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.answer = _json({"error": message}, status)
+        self.answer.headers |= {"X-Error-Message": message, **headers}
+
+
+class NotFound(Refused):
     """A 404: the clients choose their exception by `code`, which goes into X-Error-Code."""
 
     def __init__(self, code: str, message: str, **headers: str) -> None:
-        super().__init__(message)
-        self.answer = _json({"error": message}, 404)
-        self.answer.headers |= {"X-Error-Code": code, "X-Error-Message": message, **headers}
+        super().__init__(404, message, **{"X-Error-Code": code, **headers})
 
 
 @dataclass
 class Repo:
     """A repository: the files of each commit, by path, and the branches that point to commits."""
 
+    repo_type: str
     repo_id: str
+    private: bool = False
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: dict[str, Blob], branch: str = "main", sha: str | None = None) -> str:
+        """Make `files` the content of a branch; return the commit's sha (40 hex digits), if not given a hash of the files."""
+        listing = [self.repo_type, self.repo_id, *sorted(f"{path} {blob.git_oid}" for path, blob in files.items())]
+        sha = sha or hashlib.sha1("\n".join(listing).encode()).hexdigest()
+        self.commits[sha] = files
+        self.branches[branch] = sha
+        return sha
 
     def resolve(self, revision: str | None) -> str:
         """Return the sha that a (percent-encoded) branch or full sha stands for; raises NotFound."""
@@ -218,13 +243,8 @@ class HubServer:
         `main` moves to this commit, older ones stay readable. The sha (40 hex digits) is `revision` or a hash of the
         files.
         """
-        blobs = {path: Blob(content) for path, content in files.items()}
-        listing = [repo_type, repo_id, *sorted(f"{path} {blob.git_oid}" for path, blob in blobs.items())]
-        sha = revision or hashlib.sha1("\n".join(listing).encode()).hexdigest()
-        repo = self.repos.setdefault((repo_type, repo_id), Repo(repo_id))
-        repo.commits[sha] = blobs
-        repo.branches["main"] = sha
-        return sha
+        repo = self.repos.setdefault((repo_type, repo_id), Repo(repo_type, repo_id))
+        return repo.commit({path: Blob(content) for path, content in files.items()}, sha=revision)
 
     def answer(self, request: Request) -> Answer:
         """Return the answer of the first route that fits; 501, which no client repeats, shows where one is missing."""
@@ -235,21 +255,117 @@ class HubServer:
                 try:
                     if "id" in groups:  # then the route wants the repository instead
                         key = ("dataset" if groups.pop("kind") == "datasets" else "model", groups.pop("id"))
-                        if key not in self.repos:
+                        repo = self.repos.get(key)
+                        if repo is None or (repo.private and "authorization" not in request.headers):
                             raise NotFound("RepoNotFound", "Repository not found")
-                        groups["repo"] = self.repos[key]
+                        groups["repo"] = repo
                     return function(self, request, **groups)
-                except NotFound as error:
+                except Refused as error:
                     return error.answer
         return _json({"error": f"hub_server has no route for {request.method} {request.path}"}, 501)
 
 
-def whoami(hub: HubServer, request: Request) -> Answer:
-    """Any token is the write token of a user `tester`, a member of `Org`."""
+USER, ORGANISATION = "tester", "Org"
+
+
+def _check_writer(request: Request, repo_id: str) -> None:
+    """Raise Refused unless the request has a token, and its user may write there."""
     if "authorization" not in request.headers:
-        return _json({"error": "Invalid username or password."}, 401)
+        raise Refused(401, "Invalid username or password.")
+    if repo_id.partition("/")[0] not in (USER, ORGANISATION):
+        raise Refused(403, f"You don't have the rights to write to {repo_id}")
+
+
+def whoami(hub: HubServer, request: Request) -> Answer:
+    """The one user that there is."""
+    if "authorization" not in request.headers:
+        raise Refused(401, "Invalid username or password.")
     auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-    return _json({"type": "user", "name": "tester", "fullname": "", "orgs": [{"name": "Org"}], "auth": auth})
+    return _json({"type": "user", "name": USER, "fullname": "", "orgs": [{"name": ORGANISATION}], "auth": auth})
+
+
+def create_repo(hub: HubServer, request: Request) -> Answer:
+    """A repository with the one file that the Hub puts into it; 409 if it is there already."""
+    wanted = json.loads(request.body)
+    repo_type = wanted.get("type") or "model"
+    repo_id = f"{wanted.get('organization') or USER}/{wanted['name']}"
+    _check_writer(request, repo_id)
+    answer = {"url": f"{hub.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}", "name": repo_id}
+    with hub.lock:
+        if (repo_type, repo_id) in hub.repos:
+            return _json({**answer, "error": f"You already created this {repo_type} repo"}, 409)
+        repo = hub.repos[repo_type, repo_id] = Repo(repo_type, repo_id, private=wanted.get("visibility") == "private")
+        repo.commit({".gitattributes": Blob("".join(f"*{s} filter=lfs\n" for s in LFS_SUFFIXES).encode())})
+    return _json(answer)
+
+
+def validate_yaml(hub: HubServer, request: Request) -> Answer:
+    """The header of a card: every one is good enough."""
+    return _json({"errors": [], "warnings": []})
+
+
+def preupload(hub: HubServer, request: Request, repo: Repo, revision: str) -> Answer:
+    """How each file is to be uploaded."""
+    _check_writer(request, repo.repo_id)
+    there = repo.commits[repo.resolve(revision)]
+    files = []
+    for file in json.loads(request.body)["files"]:
+        mode = "lfs" if _is_large(file["path"], file["size"]) else "regular"
+        files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+        if file["path"] in there:
+            files[-1]["oid"] = there[file["path"]].entry(file["path"])["oid"]
+    return _json({"files": files})
+
+
+def lfs_batch(hub: HubServer, request: Request, repo: Repo) -> Answer:
+    """Signed addresses for the contents that the storage does not have."""
+    _check_writer(request, repo.repo_id)
+    objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in json.loads(request.body)["objects"]]
+    for wanted in objects:
+        if wanted["oid"] not in hub.stored:
+            address = f"{hub.storage or hub.endpoint}/storage/{wanted['oid']}?Signature=s3cr3t{hub.signature}"
+            wanted["actions"] = {"upload": {"href": address, "header": {}}}
+    return _json({"transfer": "basic", "objects": objects})
+
+
+def store(hub: HubServer, request: Request, sha256: str) -> Answer:
+    """A content for the storage, whose address is its hash."""
+    if request.query.get("Signature") != [f"s3cr3t{hub.signature}"]:
+        raise Refused(403, "the signature has expired")
+    blob = Blob(request.body)
+    if blob.sha256 != sha256:
+        raise Refused(400, f"the content's SHA-256 is {blob.sha256}")
+    hub.stored[sha256] = blob
+    return Answer(200, b"", 0, 0, {"ETag": f'"{sha256}"'})
+
+
+def commit(hub: HubServer, request: Request, repo: Repo, revision: str) -> Answer:
+    """A commit of operations, one a line; all or none of them."""
+    _check_writer(request, repo.repo_id)
+    with hub.lock:
+        head, branch = repo.resolve(revision), unquote(revision)
+        files = dict(repo.commits[head])
+        for line in request.body.splitlines():
+            operation, value = (item := json.loads(line))["key"], item["value"]
+            if operation == "header":
+                if value.get("parentCommit") not in (None, head):
+                    raise Refused(412, "A commit has happened since. Please refresh and try again.")
+            elif operation == "file":
+                files[value["path"]] = Blob(base64.b64decode(value["content"]))
+            elif operation == "lfsFile":
+                if value["oid"] not in hub.stored:
+                    raise Refused(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
+                files[value["path"]] = hub.stored[value["oid"]]
+            elif operation == "deletedFile":
+                del files[value["path"]]
+            elif operation == "deletedFolder":
+                folder = value["path"].rstrip("/") + "/"
+                files = {path: blob for path, blob in files.items() if not path.startswith(folder)}
+            else:
+                raise Refused(400, f"hub_server does not know the operation {operation}")
+        sha = repo.commit(files, branch)
+    url = f"{hub.endpoint}/{'datasets/' if repo.repo_type == 'dataset' else ''}{repo.repo_id}/commit/{sha}"
+    return _json({"success": True, "commitOid": sha, "commitUrl": url})
 
 
 def repo_info(hub: HubServer, request: Request, repo: Repo, revision: str | None) -> Answer:
@@ -263,7 +379,7 @@ def repo_info(hub: HubServer, request: Request, repo: Repo, revision: str | None
             if lfs := entry.get("lfs"):
                 siblings[-1]["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
     info = {"id": repo.repo_id, "sha": sha, "createdAt": DATE, "lastModified": DATE, "siblings": siblings}
-    return _json({**info, "private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
+    return _json({**info, "private": repo.private, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
 
 
 def tree(hub: HubServer, request: Request, repo: Repo, revision: str, path: str | None) -> Answer:
@@ -338,6 +454,12 @@ def _flag(query: dict[str, list[str]], name: str) -> bool:
 _REPO = r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", r"/api/whoami-v2", whoami),
+    ("POST", r"/api/repos/create", create_repo),
+    ("POST", r"/api/validate-yaml", validate_yaml),
+    ("POST", _REPO + r"/preupload/(?P<revision>[^/]+)", preupload),
+    ("POST", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", lfs_batch),
+    ("PUT", r"/storage/(?P<sha256>[0-9a-f]{64})", store),
+    ("POST", _REPO + r"/commit/(?P<revision>[^/]+)", commit),
     ("GET", _REPO + r"(?:/revision/(?P<revision>[^/]+))?", repo_info),
     ("GET", _REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", tree),
     ("POST", _REPO + r"/paths-info/(?P<revision>[^/]+)", paths_info),

@@ -1,5 +1,6 @@
 """The loopback Hub against the real clients, each in a process of its own, and against plain HTTP."""
 
+import hashlib
 import http.client
 import json
 import random
@@ -29,9 +30,9 @@ configs:
 """
 
 
-def run_client(server: HubServer, home: Path, code: str, *arguments: str) -> object:
+def run_client(server: HubServer, home: Path, code: str, *arguments: str, **extra: str) -> object:
     """Run `code` in a process that sees `server` as its Hub; return the JSON that it printed last."""
-    environment = client_environment(server, home)
+    environment = client_environment(server, home) | extra
     command = [sys.executable, "-c", "import json, sys\n" + code, *arguments]
     client = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=home)
     assert client.returncode == 0, client.stderr
@@ -317,3 +318,62 @@ def test_a_mistake_in_a_hook_fails_the_test():
         server.fault = lambda request: 1 / 0
         with pytest.raises(http.client.RemoteDisconnected):
             get(server, "/")
+
+
+@pytest.mark.parametrize("cdn", [False, True])
+@pytest.mark.parametrize("repo_type", ["model", "dataset"])
+def test_what_is_uploaded_can_be_downloaded(tmp_path, repo_type, cdn):
+    source = random.Random(0)
+    files = {"README.md": b"---\nlicense: mit\n---\n# Name\n", "weights.safetensors": source.randbytes(300_000)}
+    files |= {"a/b/x y.txt": b"x", "a/empty.bin": b"", "big.txt": source.randbytes(11_000_000)}
+    for path, content in files.items():
+        (tmp_path / "folder" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / path).write_bytes(content)
+    code = """
+import hashlib, os
+from pathlib import Path
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+kind = {"repo_type": sys.argv[1]}
+api = HfApi()
+created = api.create_repo("tester/name", private=True, **kind)
+api.create_repo("tester/name", exist_ok=True, **kind)
+first = api.upload_folder(folder_path=sys.argv[2], repo_id="tester/name", **kind)
+def status(function, *arguments, **keywords):
+    try:
+        function(*arguments, **keywords)
+    except HfHubHTTPError as error:
+        return error.response.status_code
+refused = [
+    status(api.create_repo, "tester/name", **kind),
+    status(api.create_repo, "Other/name", **kind),
+    status(HfApi(token=False).create_repo, "tester/other", **kind),
+    status(HfApi(token=False).repo_info, "tester/name", **kind),
+    status(api.create_commit, "tester/name", [CommitOperationDelete("README.md")], commit_message="late",
+           parent_commit="0" * 40, **kind),
+]
+operations = [CommitOperationAdd("new.txt", b"new"), CommitOperationDelete("a/"), CommitOperationDelete("big.txt")]
+second = api.create_commit("tester/name", operations, commit_message="second", parent_commit=first.oid, **kind)
+def hashes(commit):
+    folder = Path(snapshot_download("tester/name", revision=commit, **kind))
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+print(json.dumps({
+    "url": str(created), "private": api.repo_info("tester/name", **kind).private, "refused": refused,
+    "first": hashes(first.oid), "second": hashes(second.oid), "head": api.repo_info("tester/name", **kind).sha == second.oid,
+}))
+"""
+    with HubServer(cdn=cdn) as server:
+        result = run_client(server, tmp_path, code, repo_type, str(tmp_path / "folder"), HF_TOKEN="hf_test")
+        puts = [request for request in server.requests if request.method == "PUT"]
+        assert {request.status for request in puts} == {200}
+        assert sorted(len(request.body) for request in puts) == [300_000, 11_000_000]
+        assert not any("authorization" in request.headers for request in puts)
+        assert result["url"].endswith("/datasets/tester/name" if repo_type == "dataset" else "/tester/name")
+    expected = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+    assert result["first"].pop(".gitattributes") and result["first"] == expected
+    kept = {path: expected[path] for path in ("README.md", "weights.safetensors")}
+    assert result["second"].pop(".gitattributes")
+    assert result["second"] == kept | {"new.txt": hashlib.sha256(b"new").hexdigest()}
+    assert result["private"] and result["head"]
+    assert result["refused"] == [409, 403, 401, 404, 412]

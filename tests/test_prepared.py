@@ -432,6 +432,41 @@ def test_a_folder_on_the_hub_is_downloaded_and_trained_on(prepared, streamed_run
     assert int(count.splitlines()[0]) == json.loads((prepared / "index.json").read_text())["tokens"]
 
 
+def test_a_folder_uploaded_by_one_user_is_trained_on_by_another(text, prepared, streamed_run, tmp_path: Path) -> None:
+    """By the command that prepare_data.py ends with."""
+    said = run(prepare_command(text, prepared)).splitlines()
+    (publish,) = (line for line in said if line.startswith("publish: "))
+    upload = publish.removeprefix("publish: ").partition("   ")[0].replace("USER/NAME", "tester/tokens").split()
+    assert upload == ["hf", "upload", "tester/tokens", str(prepared), "--repo-type", "dataset"]
+    with HubServer(cdn=True) as server:
+        first_user = client_environment(server, tmp_path / "first") | {"HF_TOKEN": "hf_test"}
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / upload[0]), *upload[1:]],
+            env=first_user,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        writes = [request for request in server.requests if request.method in ("POST", "PUT")]
+        assert {request.status for request in writes} == {200}
+        uploaded = server.repos["dataset", "tester/tokens"]
+        files = {path: blob.sha256 for path, blob in uploaded.commits[uploaded.branches["main"]].items()}
+        assert files.pop(".gitattributes") and files == hashes(prepared)
+
+        second_user = client_environment(server, tmp_path / "second") | {"HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+        server.requests.clear()
+        folder = tmp_path / "run"
+        output = run(train_command("tester/tokens", folder), **second_user)
+        assert "tokenised by prepare_data.py" in output and losses(folder) == losses(streamed_run)
+        asked = [request for request in server.requests if request.path.startswith("/storage/")]
+        assert asked and not any("authorization" in request.headers for request in server.requests)
+    (snapshot,) = (tmp_path / "second").glob("hub/datasets--tester--tokens/snapshots/*")
+    ours, theirs = ({path.name: sha256(path) for path in place.glob("*.bin")} for place in (prepared, snapshot))
+    assert ours == theirs and len(ours) == 2 * len(list(prepared.glob("tokens-*.bin"))) > 2
+    assert not find_damage(snapshot)
+
+
 def test_text_on_the_hub_is_prepared_with_its_fingerprint(text: Path, prepared: Path, tmp_path: Path) -> None:
     with HubServer() as server:
         files: dict[str, bytes | Path] = {"data/train.parquet": text / "a.parquet"}

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ from corpus_helpers import (
 )
 from recipe.data.corpus import Corpus, DataError, Unit
 from recipe.data.order import permutation
-from recipe.data.stream import MAX_SHARDS, RowStream
+from recipe.data.stream import HUB_THREADS, MAX_SHARDS, READ_AHEAD, RowStream
 from recipe.tokenizer import Encoder, train_tokenizer
 
 LENGTH = 7
@@ -385,6 +386,25 @@ def test_rows_are_exchanged_only_where_the_ranks_do_not_divide_the_shards(full_u
     assert [sum(sizes) for sizes in run_ranks(ranks, run)] == [exchanged] * ranks
 
 
+def test_a_batch_of_rows_that_are_there_gives_the_threads_nothing_to_do(tmp_path, monkeypatch):
+    """A task handed to a thread costs 20 us of the training thread: with 64 shards more than all the rest of a batch."""
+    lengths = [[300] * 64] * 4  # a unit of 16 documents, read at once, fills 685 rows
+    corpus = numbered_corpus(tmp_path / "text", lengths, group=16)
+    stream = make_stream(corpus, workers=3)
+    tasks = []
+    submit = stream._pool.submit
+    monkeypatch.setattr(stream._pool, "submit", lambda *task: tasks.append(task) or submit(*task))
+    stream.next_batch(16)
+    assert len(tasks) == stream.num_shards == 16
+    for _ in range(600):
+        stream.next_batch(16)
+    assert len(tasks) == 16
+    for _ in range(100):
+        stream.next_batch(16)
+    assert len(tasks) > 16
+    stream.close()
+
+
 def test_shard_that_ends_early_is_skipped(tmp_path):
     """One file of 60 rows beside seven of one row: all ranks still get their equal part of every batch."""
     corpus = numbered_corpus(tmp_path, [[LENGTH + 1]] * 5 + [[LENGTH * 60 + 1]] + [[LENGTH + 1]] * 2)
@@ -648,6 +668,14 @@ def test_fault_while_reading_ahead_hangs_no_rank_that_takes_the_state(tmp_path, 
     assert len({type(result) for result in results}) == 1
 
 
+def test_text_on_the_hub_gets_threads_to_wait_in(corpus):
+    for remote, workers, threads in [(False, 2, 2), (True, 2, HUB_THREADS), (True, HUB_THREADS + 1, HUB_THREADS + 1)]:
+        stream = make_stream(replace(corpus, remote=remote), workers=workers)
+        assert stream._pool._max_workers == threads
+        stream.close()
+    assert make_stream(replace(corpus, remote=True), workers=0)._pool is None
+
+
 def test_close_ends_the_threads(corpus):
     before = set(threading.enumerate())
     stream = make_stream(corpus, workers=3)
@@ -674,9 +702,51 @@ def test_reading_ahead_happens_in_the_threads(corpus):
         assert all(name.startswith(prefix) for name in readers), readers
 
 
-def test_reading_ahead_stays_within_the_epoch_and_the_next_batch(tmp_path: Path):
+def test_rows_that_are_there_do_not_wait_for_what_is_read_ahead(tmp_path: Path):
+    """Nor does the state: a row group comes from the Hub in a while, and the threads begin with it in time."""
+    corpus = numbered_corpus(tmp_path, [[LENGTH * 20] * 31], group=1)  # 16 shards, of which 15 have a second unit of 19 rows
+    plain = make_stream(corpus)
+    expected = [(plain.next_batch(16).tolist(), plain.state()) for _ in range(30)]
+    gate, begun = threading.Event(), threading.Event()
+
+    def watch(unit: Unit, reads: int) -> bool:
+        if reads > 16:
+            begun.set()
+            assert gate.wait(20)
+        return False
+
+    stream = make_stream(faulty(corpus, watch), workers=2)
+    batches = []
+    started = time.monotonic()
+    for number in range(19):
+        batches.append((stream.next_batch(16).tolist(), stream.state()))
+        if number == 19 - READ_AHEAD:
+            assert begun.wait(5)
+    assert time.monotonic() - started < 10 and not gate.is_set()
+    gate.set()
+    batches += [(stream.next_batch(16).tolist(), stream.state()) for _ in range(11)]
+    assert batches == expected
+    stream.close()
+
+
+@pytest.mark.parametrize("workers", (1, 3))
+def test_a_fault_ahead_ends_the_run_where_the_rows_do(tmp_path: Path, workers: int):
+    """However early the threads came upon it."""
+    corpus = numbered_corpus(tmp_path, [[LENGTH * 20] * 31], group=1)
+    stream = make_stream(faulty(corpus, lambda unit, reads: reads > 16), workers=workers)
+    for _ in range(19):
+        stream.next_batch(16)
+        time.sleep(0.01)
+    state = stream.state()
+    with pytest.raises(DataError, match="cannot read the disk"):
+        stream.next_batch(16)
+    assert stream.state() == state
+    stream.close()
+
+
+def test_reading_ahead_stays_within_the_epoch_and_the_next_batches(tmp_path: Path):
     """Only the units that the next rows need are read, however long the text."""
-    corpus = numbered_corpus(tmp_path, [[LENGTH * 4] * 64], group=1)
+    corpus = numbered_corpus(tmp_path, [[LENGTH * (READ_AHEAD + 2)] * 64], group=1)
     count = 0
 
     def watch(unit: Unit, reads: int) -> bool:

@@ -15,6 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import glob
@@ -30,6 +31,9 @@ JSONL_UNIT_BYTES = 4 << 20
 """Bytes of a .jsonl unit: about the text of one FineWeb row group, small enough to deal out to 64 shards."""
 TXT_UNIT_BYTES = 1 << 18
 """Bytes of a .txt unit, which is one document: longer files are cut at the next empty line."""
+
+OPEN_AT_ONCE = 8
+"""Files on the Hub that are opened side by side."""
 
 LABELS = ("id", "url")
 """Columns or keys that say where a document is from."""
@@ -71,6 +75,11 @@ class Corpus:
     remote: bool = False
     footers: dict[int, object] = field(default_factory=dict, repr=False)
     """Parquet metadata by file, read once: a footer of FineWeb is as large as a row group's text."""
+
+    @property
+    def over_network(self) -> bool:
+        """Whether reading waits for the Hub."""
+        return self.remote
 
     @property
     def text_bytes(self) -> int:
@@ -286,15 +295,22 @@ def _open(name: str, files: list[str], text_column: str, config_field: str) -> C
     else:
         corpus.sizes = [os.path.getsize(f) for f in files]
     problems = []
-    for index, path in enumerate(files):
+
+    def units_of(file: int) -> list[Unit]:
+        path = files[file]
         try:
-            corpus.units += _UNITS[_format(path)](corpus, index)
+            return _UNITS[_format(path)](corpus, file)
         except ConfigError as error:
-            problems += [f"{config_field}: {p}" for p in error.problems]
+            problems.extend(f"{config_field}: {problem}" for problem in error.problems)
         except DataError as error:
             problems.append(f"{config_field}: {first_line(error)}")
         except Exception as error:
             problems.append(f"{config_field}: cannot read {path}: {first_line(error)}; replace or remove the file")
+        return []
+
+    # A file on the Hub takes two or three answers, which come sooner side by side.
+    with ThreadPoolExecutor(OPEN_AT_ONCE if remote else 1) as pool:
+        corpus.units = [unit for units in pool.map(units_of, range(len(files))) for unit in units]
     if problems:
         raise ConfigError(*problems)
     if not corpus.text_bytes:
@@ -339,7 +355,8 @@ def _label_parquet(corpus: Corpus, unit: Unit) -> list[dict]:
     import pyarrow.parquet as pq
 
     with corpus.open(unit.file) as handle:
-        file = pq.ParquetFile(handle, metadata=corpus.footers[unit.file])
+        file = pq.ParquetFile(handle, metadata=corpus.footers.get(unit.file))
+        corpus.footers[unit.file] = file.metadata
         present = [name for name in LABELS if name in file.schema_arrow.names]
         if not present:
             return [{}] * file.metadata.row_group(unit.start).num_rows

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from recipe.config import ConfigError, DataConfig, first_line
-from recipe.data.corpus import Corpus, DataError, Unit, hub_id, is_local
+from recipe.data.corpus import Corpus, DataError, Unit, hub_id, is_local, open_corpora
 from recipe.data.token_index import (
     INDEX,
     REDO,
@@ -86,6 +86,11 @@ class PreparedCorpus(Corpus):
         return self.path
 
     @property
+    def over_network(self) -> bool:
+        """No, wherever the text was: the tokens are on the disk."""
+        return False
+
+    @property
     def tokens(self) -> int:
         """Tokens of an epoch, without those held out for validation."""
         held_out = sum(int(self._table(unit)[: unit.skip, 0].sum(dtype=np.int64)) for unit in self.units if unit.skip)
@@ -135,8 +140,30 @@ class PreparedCorpus(Corpus):
             yield TokenDocument(tokens[start:end], size)
 
     def describe(self, unit: Unit) -> list[dict[str, str | None]]:
-        """Nothing of each document that `read` gives: only the text's files have `id` and `url`."""
+        """Nothing of each document that `read` gives: only the text's files have `id` and `url`, see `source`."""
         return [{} for _ in range(self._place(unit).documents - unit.skip)]
+
+    def source(self, data: str | None, cache: Path) -> Corpus | None:
+        """The text that the tokens were made from, with the same units and documents.
+
+        Args:
+            data: where it is now; None for a text on the Hub, of which the index knows the files and their commit.
+            cache: as for `open_corpora`.
+        Returns:
+            None if it was on some machine and `data` does not say where.
+        Raises:
+            ConfigError: if `data` is another text, or cannot be read.
+        """
+        if data is None:
+            if not self.remote:
+                return None
+            return Corpus(self.name, self.files, self.sizes, self.units, self.text_column, remote=True)
+        text, _ = open_corpora(data, None, self.text_column, cache)
+        if isinstance(text, PreparedCorpus):
+            raise ConfigError(f"source: {data} holds tokens; name the text that they were made from")
+        if text.fingerprint != self.index["fingerprint"]:
+            raise ConfigError(f"source: {data} is not the text that the tokens in {self.folder} were made from ({self.name})")
+        return text
 
     def _place(self, unit: Unit) -> Place:
         return self.places[unit.file, unit.start]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe.config import Config, ConfigError, load_config, parse_ranges
-from recipe.data.corpus import Corpus, Unit, open_corpora
+from recipe.config import Config, ConfigError, first_line, load_config, parse_ranges
+from recipe.data.corpus import Corpus, DataError, Unit, open_corpora
 from recipe.data.packing import SHUFFLE_WINDOW
 from recipe.data.prepared import PreparedCorpus, encoder_for
 from recipe.data.stream import RowStream, Span
@@ -30,6 +30,8 @@ class Source:
     first_token: int
     """Offset of the first of them in the document's tokens."""
     file: str
+    unit: int
+    """Row group, or first byte, of the document's unit in the file."""
     document: int
     """Number of the document in its unit (row group, byte range or file), without empty ones."""
     epoch: int
@@ -42,11 +44,12 @@ class BatchTracer:
 
     Args:
         run: the run folder.
+        source: for a run on prepared tokens, the text that they were made from; None if that is on the Hub, or unknown.
     Raises:
         ConfigError: if the folder holds no run, or its text cannot be read.
     """
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, source: str | None = None):
         folder = RunFolder(run)
         if not folder.config.is_file():
             raise ConfigError(f"{run} holds no run (no config.yaml)")
@@ -57,8 +60,19 @@ class BatchTracer:
             raise ConfigError(f"{run} has recorded no position of its text yet; let it train a few steps")
         fingerprint = self._positions[0]["fingerprint"]
         corpus, _ = open_corpora(self.config.data, self.config.validation_data, self.config.text_column, folder.cache)
+        self._labelled: Corpus | None = corpus
+        self.missing: str | None = None
+        """Why the sources have neither id nor url, and what to do; None if they are looked for."""
         if isinstance(corpus, PreparedCorpus):
             corpus.fetch()
+            self._labelled = corpus.source(source, folder.cache)
+            if self._labelled is None:
+                self.missing = (
+                    f"tokens carry no id or url, only file, unit and document: name the text of {self.config.data} "
+                    f"({corpus.name}) with --source"
+                )
+        elif source is not None:
+            raise ConfigError(f"source: {run} was trained on text, not on prepared tokens; leave it out")
         units = corpus.units[len(corpus.units) - fingerprint["units"] :]
         units[0] = replace(units[0], skip=fingerprint["held_out"])
         self.corpus: Corpus = corpus.with_units(units)
@@ -95,7 +109,7 @@ class BatchTracer:
         described: dict[Unit, list[dict]] = {}
         for span in spans:
             if span.unit not in described:
-                described[span.unit] = self.corpus.describe(span.unit)
+                described[span.unit] = self._describe(span.unit)
             labels = described[span.unit]
             window = span.cursor.document // SHUFFLE_WINDOW
             size = min(SHUFFLE_WINDOW, len(labels) - window * SHUFFLE_WINDOW)
@@ -106,11 +120,23 @@ class BatchTracer:
                 tokens=span.tokens,
                 first_token=span.cursor.token,
                 file=self.corpus.files[span.unit.file],
+                unit=span.unit.start,
                 document=document + span.unit.skip,
                 epoch=span.cursor.epoch,
                 id=labels[document].get("id"),
                 url=labels[document].get("url"),
             )
+
+    def _describe(self, unit: Unit) -> list[dict]:
+        if self._labelled is not None:
+            try:
+                return self._labelled.describe(unit)
+            except DataError as error:
+                if not isinstance(self.corpus, PreparedCorpus):
+                    raise
+                self._labelled = None
+                self.missing = f"tokens carry no id or url, and their text cannot be read: {first_line(error)}"
+        return self.corpus.describe(unit)
 
 
 def _read_positions(path: Path) -> list[dict]:
@@ -121,5 +147,5 @@ def _read_positions(path: Path) -> list[dict]:
 
 def describe_source(source: Source) -> str:
     """One line."""
-    name = source.url or source.id or f"{source.file} document {source.document}"
+    name = source.url or source.id or f"{source.file} unit {source.unit} document {source.document}"
     return f"row {source.row:4d}  {source.tokens:5d} tokens from {source.first_token:6d}  {name}"

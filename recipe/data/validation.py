@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 
@@ -98,11 +99,12 @@ def count_tokens(corpus: Corpus, encoder: Encoder) -> tuple[int, bool]:
     exact = corpus.text_bytes <= EXACT_COUNT_BYTES
     units = corpus.units if exact else corpus.units[:: max(1, len(corpus.units) // 8)][:8]
     tokens, unit_bytes = 0.0, 0
-    for unit in units:
-        texts = list(corpus.read(unit))
-        sample = texts if exact else texts[:: max(1, len(texts) // 200)]
-        tokens += sum(len(ids) for ids in encoder.encode(sample)) * len(texts) / max(1, len(sample))
-        unit_bytes += unit.text_bytes
+    # The sample may be on the Hub, whose answers come sooner side by side.
+    with ThreadPoolExecutor(1 if exact else 8) as pool:
+        for unit, texts in zip(units, pool.map(lambda unit: list(corpus.read(unit)), units), strict=True):
+            sample = texts if exact else texts[:: max(1, len(texts) // 200)]
+            tokens += sum(len(ids) for ids in encoder.encode(sample)) * len(texts) / max(1, len(sample))
+            unit_bytes += unit.text_bytes
     if exact:
         return int(tokens), True
     return int(corpus.text_bytes * tokens / max(1, unit_bytes)), False

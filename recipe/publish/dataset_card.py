@@ -48,6 +48,7 @@ Hub id or as a folder, trains on the same rows as on the text.
 - `tokens-*.bin`: token ids, {index["dtype"]}, little endian, document after document in the order of the source, the
   end-of-text id {index["end_of_text"]} in front of each.
 - `documents-*.bin`: for each document of the tokens file its number of tokens and its size in UTF-8, both uint32, little
-  endian.
+  endian. There are no ids or URLs: the documents of a unit are those of its row group or byte range in the source, without
+  the empty ones.
 - `tokenizer/`: the tokenizer. `validation/`: the same files for the validation split, if the source has one.
 """
