@@ -66,7 +66,8 @@ class DataConfig:
     accept_other_data: bool = False
     """Continue although the text or the tokenizer differs from the run's; the difference is recorded in the checkpoints."""
     data_workers: int = 2
-    """Threads a rank that tokenise ahead of the training; 0 tokenises in the training thread."""
+    """Threads a rank that tokenise ahead of the training; 0 tokenises in the training thread. Text on the Hub gets at least 8,
+    which mostly wait for it."""
 
 
 @dataclass(kw_only=True)

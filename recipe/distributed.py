@@ -107,8 +107,10 @@ class Distributed:
 
     def to_device(self, rows: np.ndarray) -> torch.Tensor:
         """Token ids as int64 on the device, without waiting for it."""
-        tensor = torch.from_numpy(rows.astype(np.int64))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+        tensor = torch.from_numpy(rows)
+        if self.cuda:
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.long()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

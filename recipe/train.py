@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -154,6 +155,9 @@ class Run:
             raise ConfigError(
                 "validation_data: the text differs from what the run began with; restore it, or name another output_dir"
             )
+        # A continued run finds what its first start has compiled.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((self.folder.cache / "compiled").absolute()))
+        os.environ.setdefault("TRITON_CACHE_DIR", str((self.folder.cache / "compiled" / "triton").absolute()))
         model = build_model(config, self.encoder.vocab_size, self.encoder.end_of_text)
         full_state = start.full_state() if start else {}
         shapes = {n: t.shape for n, t in full_state.items() if n.startswith("model.")}
@@ -240,6 +244,10 @@ class Run:
         """Train to the end or to a signal; that signal's number if so. One pass more than steps, for the last periodic
         work."""
         first = self.step
+        # A collection of garbage in the middle of a step would hold up every rank; it has its time in _write_pending.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         for step in range(first, self.plan.max_steps + 1):
             last = step == self.plan.max_steps
             stop = self.distributed.any(self._stop_signal is not None)
@@ -305,6 +313,7 @@ class Run:
             lines.append(line)
         self.metrics.write(lines)
         self._pending = []
+        gc.collect()
         recent = float(np.median([line["tokens_per_second"] for line in lines]))
         left = (self.plan.total_tokens - lines[-1]["tokens"]) / recent
         self.say(progress_line(lines[-1], self.plan.max_steps, left))
