@@ -12,12 +12,9 @@ import types
 import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from recipe import cublaslt
-
-_STRIPE = 512
 
 
 def fuse_blocks(gpt2: GPT2LMHeadModel) -> None:
@@ -25,21 +22,11 @@ def fuse_blocks(gpt2: GPT2LMHeadModel) -> None:
     text of any length can be generated and scored without measuring algorithms anew."""
     for block in gpt2.transformer.h:
         for module, forward in (
-            (block.attn, _attention_forward),
+            (block.attn.c_attn, _linear_forward),
             (block.attn.c_proj, _linear_forward),
             (block.mlp, _mlp_forward),
         ):
             module.forward = types.MethodType(forward, module)
-
-
-def _attention_forward(self: nn.Module, hidden_states: torch.Tensor, **arguments) -> tuple[torch.Tensor, None]:
-    if not torch.is_grad_enabled():
-        return type(self).forward(self, hidden_states, **arguments)
-    batch, length, _ = hidden_states.shape
-    parts = _SplitLinear.apply(hidden_states.flatten(0, 1), self.c_attn.weight, self.c_attn.bias)
-    q, k, v = (part.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2) for part in parts)
-    out, _ = sdpa_attention_forward(self, q, k, v, None, scaling=self.scaling, is_causal=True)
-    return self.c_proj(out.reshape(batch, length, -1)), None
 
 
 def _linear_forward(self: Conv1D, x: torch.Tensor) -> torch.Tensor:
@@ -89,50 +76,6 @@ def _differentiate_linear(ctx, grad):
 
 
 _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
-
-
-class _SplitLinear(torch.autograd.Function):
-    """`recipe::linear` whose output comes as its three thirds. The gradients of the thirds are put side by side and summed for
-    the bias in one pass, where autograd needs one for each."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(x, weight)
-        return torch.ops.recipe.linear(x, weight, bias).chunk(3, dim=1)
-
-    @staticmethod
-    def backward(ctx, q, k, v):
-        x, weight = ctx.saved_tensors
-        grad, sums = torch.ops.recipe.join(q, k, v)
-        grad_x, grad_weight = torch.ops.recipe.linear_backward(grad, x, weight)
-        return grad_x, grad_weight, sums.sum(0).to(grad.dtype)
-
-
-@torch.library.custom_op("recipe::join", mutates_args=())
-def _join(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k, v [tokens, width] side by side, and the sums of their columns over stripes of rows, fp32 [stripes, 3 width]."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, sums = q.new_empty(len(q), 3 * q.shape[1]), q.new_empty(_stripes(q), 3 * q.shape[1], dtype=torch.float32)
-    _join_into(q, k, v, out, sums)
-    return out, sums
-
-
-def _join_into(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sums: torch.Tensor) -> None:
-    from recipe.block_kernel import join_kernel
-
-    tokens, width = q.shape
-    grid = (-(-width // 128), len(sums), 3)
-    join_kernel[grid](q, k, v, out, sums, tokens, width, ROWS=_STRIPE, STEP=32, COLUMNS=128, num_warps=4)
-
-
-def _stripes(q: torch.Tensor) -> int:
-    return -(-q.shape[0] // _STRIPE)
-
-
-@_join.register_fake
-def _(q, k, v):
-    width = 3 * q.shape[1]
-    return q.new_empty(q.shape[0], width), q.new_empty(_stripes(q), width, dtype=torch.float32)
 
 
 @torch.library.custom_op("recipe::mlp", mutates_args=())
