@@ -39,7 +39,7 @@ PARTS = {
 
 
 @contextlib.contextmanager
-def _open_stream(config: Config, exchange: Exchange | None = None) -> Iterator[tuple[RowStream, Encoder]]:
+def open_stream(config: Config, exchange: Exchange | None = None) -> Iterator[tuple[RowStream, Encoder]]:
     """The run's training rows, nothing held out."""
     tokenizer = load_tokenizer(config.tokenizer)
     with tempfile.TemporaryDirectory() as cache:
@@ -74,7 +74,7 @@ def benchmark_loader(config: Config, plan: Plan, seconds: float) -> dict[str, An
     import tiktoken  # noqa: F401
 
     began = time.perf_counter()
-    with _open_stream(config) as (stream, encoder):
+    with open_stream(config) as (stream, encoder):
         stream.next_batch(plan.rows_per_step)
         first = time.perf_counter()
         cpu, batches, settled = time.process_time(), 0, None
@@ -107,7 +107,7 @@ def benchmark_training(config: Config, plan: Plan, distributed: Distributed, ste
         `parts`, the ms of the profiled step by part, and `kernels`, its longest kernels as [ms, calls, name].
     """
     precision = resolve_precision(config.precision, distributed.cuda)
-    with _open_stream(config, distributed) as (stream, encoder):
+    with open_stream(config, distributed) as (stream, encoder):
         model = build_model(config, encoder.vocab_size, encoder.end_of_text)
         engine = make_engine(model, config, plan, distributed, precision)
         waits: list[float] = []

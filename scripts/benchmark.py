@@ -4,10 +4,12 @@
     python scripts/benchmark.py model  configs/gpt2-124m.yaml [--field value ...] [--steps 50] [--json]
     accelerate launch --config_file configs/accelerate/1gpu.yaml \
         scripts/benchmark.py step configs/gpt2-124m.yaml [--field value ...] [--steps 100] [--json]
+    python scripts/benchmark.py parity configs/gpt2-124m.yaml --batch_tokens 16384 --micro_batch_size 16 [--steps 300] [--json]
 
 loader: tokens/s from the text (raw or prepared) to finished rows, as one rank, and the time to the first batch.
 model:  forward and backward of one micro-batch, and a profile of it.
 step:   whole optimizer steps, data included, under the engine of the accelerate file, and a profile of one.
+parity: losses of the fast path against those of transformers' own attention and loss, on the same rows.
 """
 
 import json
@@ -31,9 +33,11 @@ def take_option(words: list[str], name: str, default: str) -> str:
 
 def print_table(result: dict) -> None:
     """The figures a line each, then where the device's time goes."""
-    parts, kernels = result.pop("parts", None), result.pop("kernels", None)
+    parts, kernels, paths = (result.pop(name, None) for name in ("parts", "kernels", "paths"))
     for name, value in result.items():
         print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {'n/a' if value is None else value}")
+    for name, difference in (paths or {}).items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.5g}" for key, value in difference.items()))
     if parts:
         total = sum(parts.values())
         print("\npart                         ms   share")
@@ -46,7 +50,7 @@ def print_table(result: dict) -> None:
 
 def main(words: list[str]) -> int:
     kind = words[0] if words else ""
-    if kind not in ("loader", "model", "step") or {"-h", "--help"} & set(words):
+    if kind not in ("loader", "model", "step", "parity") or {"-h", "--help"} & set(words):
         print(__doc__.strip())
         return 0 if {"-h", "--help"} & set(words) else 2
     words = words[1:]
@@ -58,6 +62,7 @@ def main(words: list[str]) -> int:
     from recipe.config import ConfigError
     from recipe.data.corpus import DataError
     from recipe.distributed import Distributed
+    from recipe.parity import compare_paths
     from recipe.plan import load_run
 
     try:
@@ -68,7 +73,10 @@ def main(words: list[str]) -> int:
         else:
             distributed = Distributed()
             main_rank = distributed.is_main
-            result = benchmark_training(config, plan, distributed, steps, whole=kind == "step")
+            if kind == "parity":
+                result = compare_paths(config, plan, distributed, steps)
+            else:
+                result = benchmark_training(config, plan, distributed, steps, whole=kind == "step")
             distributed.close()
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)

@@ -1,0 +1,81 @@
+"""Whether the fast path trains as the plain one does: losses of both, step by step, on the same rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from recipe.benchmark import open_stream
+from recipe.config import Config
+from recipe.distributed import Distributed, resolve_precision
+from recipe.engine import make_engine
+from recipe.kernels import Kernels
+from recipe.model import PretrainingModel, build_model
+from recipe.optim.schedule import hyperparameters
+from recipe.plan import Plan
+
+
+def compare_paths(config: Config, plan: Plan, distributed: Distributed, steps: int) -> dict[str, Any]:
+    """Train `steps` steps from the same weights on the same rows: as transformers would (eager attention, softmax in fp32,
+    its loss), the same with the rows of each micro-batch in reverse, which is what rounding alone does, and by the kernels of
+    this machine.
+
+    Returns:
+        by path: the largest and the mean difference of the training loss from the plain path, and the step of the largest.
+    """
+    precision = resolve_precision(config.precision, distributed.cuda)
+    with open_stream(config, distributed) as (stream, encoder):
+        batches = [torch.from_numpy(stream.next_batch(plan.rows_at(step))) for step in range(steps)]
+
+    def train(plain: bool, reverse: bool) -> torch.Tensor:
+        torch._dynamo.reset()
+        model = build_model(config, encoder.vocab_size, encoder.end_of_text)
+        if plain:
+            _make_plain(model)
+        engine = make_engine(model, config, plan, distributed, precision)
+        losses = []
+        for step, rows in enumerate(batches):
+            micro_batches = distributed.to_device(rows.numpy()).split(config.micro_batch_size)
+            if reverse:
+                micro_batches = [m.flip(0) for m in micro_batches]
+            losses.append(engine.train_step(micro_batches, hyperparameters(step, config, plan)).loss)
+        used.append(str(model.kernels))
+        return distributed.mean(torch.stack(losses)).cpu()
+
+    used: list[str] = []
+    plain = train(plain=True, reverse=False)
+    paths = {
+        "plain, rows reversed": train(plain=True, reverse=True),
+        "this machine's kernels": train(plain=False, reverse=False),
+    }
+    differences = {name: (losses - plain).abs() for name, losses in paths.items()}
+    return {
+        "steps": steps,
+        "tokens_per_step": plan.tokens_per_step,
+        "first_loss": float(plain[0]),
+        "last_loss": float(plain[-1]),
+        "kernels_used": used[-1],
+        "paths": {
+            name: {
+                "largest": float(d.max()), "at_step": int(d.argmax()) + 1, "mean": float(d.mean()),
+                "mean_signed": float((paths[name] - plain).mean()),
+            }
+            for name, d in differences.items()
+        },
+    }  # fmt: skip
+
+
+def _make_plain(model: PretrainingModel) -> None:
+    """Attention, softmax and loss as transformers has them, whatever the machine has."""
+    model.gpt2.set_attn_implementation("eager")
+    model.use = lambda kernels: None
+    model.kernels = Kernels()
+
+    def forward(rows: torch.Tensor) -> torch.Tensor:
+        logits = model.gpt2(input_ids=rows[:, :-1].contiguous(), use_cache=False).logits[..., : model.vocab_size].float()
+        targets = rows[:, 1:].contiguous()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    model.forward = forward
