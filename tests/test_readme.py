@@ -27,6 +27,7 @@ APPENDED = {
     "python scripts/prepare_data.py": "",
     "python scripts/benchmark.py": "--sequence_length 64 --batch_tokens 4096 --micro_batch_size 1 --seconds 1",
     "python scripts/inspect_data.py": "",
+    "python scripts/plan.py": "",
     "lm_eval": "--include_path runs/gpt2-124m/eval/tasks --device cpu --limit 8",
     "hf auth login": "--help",
     "hf upload": "--help",

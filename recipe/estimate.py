@@ -1,0 +1,253 @@
+"""What a run needs and costs on a machine that has not been rented yet: memory, time, money. Imports no torch.
+
+Speeds are measured where docs/results.md has a measurement, and marked as estimates everywhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, replace
+
+from recipe.config import Config, ConfigError
+from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters, flops_per_token, make_plan, peak_flops
+
+PADDED_MULTIPLE = 128
+GIB = 2**30
+NODE = 8
+"""GPUs of one machine."""
+USABLE_MEMORY = 0.93
+"""Of a card's memory; the rest is CUDA's context, the caching allocator's gaps and NCCL's buffers."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU."""
+
+    name: str
+    """As it matches PEAK_BF16_FLOPS."""
+    memory: int
+    """GiB."""
+    bus: float
+    """What a ring all-reduce moves for each GPU of one node, bytes/s. An assumption: about three quarters of the link's one-way
+    rate on NVIDIA's data sheet."""
+    network: float
+    """The same between nodes of eight, bytes/s, an assumption."""
+    mfu: float
+    """Causal MFU assumed where nothing was measured."""
+    why: str
+    """Where that comes from."""
+
+
+GPUS = {
+    "A100-40GB": Gpu("A100", 40, 230e9, 20e9, 0.50, "llm.c reaches 0.56 there; ours is not measured on it"),
+    "A100-80GB": Gpu("A100", 80, 230e9, 20e9, 0.50, "llm.c reaches 0.56 there; ours is not measured on it"),
+    "H100-80GB": Gpu("H100", 80, 340e9, 40e9, 0.44, "as measured for 124M"),
+    "H200-141GB": Gpu("H200", 141, 340e9, 40e9, 0.44, "the H100's"),
+    "RTX4090-24GB": Gpu("RTX 4090", 24, 20e9, 1.2e9, 0.50, "assumed"),
+    "L4-24GB": Gpu("L4", 24, 20e9, 1.2e9, 0.45, "assumed"),
+}
+"""By the name that `--machine 8xA100-80GB` uses."""
+
+MEASURED = {("H100-80GB", 12, 768): 544_000}
+"""Tokens/s of one GPU through pretrain.py under ZeRO-1, by GPU, n_layer and n_embd (docs/results.md)."""
+
+SIZES = {"124M": (12, 12, 768), "350M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
+"""n_layer, n_head and n_embd of GPT-2's sizes (Radford et al. 2019)."""
+
+FINEWEB_BYTES_PER_TOKEN = 27.6e9 / 10_371_489_838
+"""Of FineWeb's sample-10BT as parquet: its size by its dataset card, over its GPT-2 tokens."""
+
+SCALING_FIT = (1.8172, 482.01, 0.3478, 2085.43, 0.3658)
+"""E, A, alpha, B, beta of loss = E + A / N^alpha + B / D^beta (Besiroglu et al. 2024, a refit of Hoffmann et al. 2022). On
+other text and another tokenizer: it ranks runs, its values are not those of FineWeb."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Equal GPUs that train together."""
+
+    name: str
+    gpu: Gpu
+    gpus: int
+    gpu_name: str
+
+
+def parse_machine(name: str) -> Machine:
+    """`8xA100-80GB`, or `A100-80GB` for one.
+
+    Raises:
+        ConfigError: for a machine that is not in the table.
+    """
+    match = re.fullmatch(r"(?:(\d+)x)?(.+)", name)
+    if not match or match[2] not in GPUS or match[1] == "0":
+        raise ConfigError(f"machine: {name} is not COUNTxGPU with GPU one of {', '.join(GPUS)}; 8xA100-80GB is")
+    return Machine(name, GPUS[match[2]], int(match[1] or 1), match[2])
+
+
+def memory_by_part(config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZE) -> dict[str, int]:
+    """Bytes on each GPU at the peak, in bf16 under ZeRO-1: when the loss has been computed and nothing was let go.
+
+    A layer keeps 32 times the width in bf16 for each token: two LayerNorms' outputs (2 + 2 bytes), q, k and v (6), the
+    attention's output (2), the sums after attention and MLP (2 + 2), and the GELU's input and output (8 + 8).
+    """
+    padded = -(-vocab_size // PADDED_MULTIPLE) * PADDED_MULTIPLE
+    parameters = count_parameters(config, padded)
+    in_blocks = 12 * config.n_layer * config.n_embd**2
+    moments = 8 * parameters - (4 * in_blocks if config.optimizer == "muon" else 0)
+    tokens = config.micro_batch_size * config.sequence_length
+    return {
+        "weights": 2 * parameters,
+        "gradients": 2 * parameters,
+        "gradient sums": 4 * parameters,
+        "masters": 4 * parameters // ranks,
+        "moments": moments // ranks,
+        "activations": 32 * config.n_embd * config.n_layer * tokens,
+        "logits": 2 * padded * tokens,
+    }
+
+
+def largest_micro_batch(config: Config, machine: Machine) -> int | None:
+    """The largest power of two of rows that fits the memory and divides the batch; None if not even one row does."""
+    best, rows = None, 1
+    while rows * config.sequence_length * machine.gpus <= config.batch_tokens:
+        needed = sum(memory_by_part(replace(config, micro_batch_size=rows), machine.gpus).values())
+        if needed > USABLE_MEMORY * machine.gpu.memory * GIB:
+            break
+        if config.batch_tokens % (rows * config.sequence_length * machine.gpus) == 0:
+            best = rows
+        rows *= 2
+    return best
+
+
+def tokens_per_second(config: Config, machine: Machine) -> tuple[float, bool]:
+    """Tokens/s of the machine, and whether that was measured, on this very machine.
+
+    Computing takes what one GPU was measured or assumed to take. Gradients, fp32, are all-reduced and the weights, bf16,
+    gathered once a step, neither under the computing.
+    """
+    measured = MEASURED.get((machine.gpu_name, config.n_layer, config.n_embd))
+    flops = flops_per_token(config, GPT2_VOCAB_SIZE)
+    single = measured or machine.gpu.mfu * peak_flops(machine.gpu.name) / flops
+    parameters, share = count_parameters(config, GPT2_VOCAB_SIZE), (machine.gpus - 1) / machine.gpus
+    rate = machine.gpu.bus if machine.gpus <= NODE else machine.gpu.network
+    exchange = (2 * 4 + 2) * parameters * share / rate
+    step = config.batch_tokens / (single * machine.gpus) + exchange
+    return config.batch_tokens / step, bool(measured) and machine.gpus == 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run amounts to on a machine."""
+
+    machine: str
+    parameters: int
+    micro_batch_size: int | None
+    """Rows; None if the model does not fit."""
+    accumulation: int | None
+    memory: dict[str, int] | None
+    """Bytes on each GPU by part."""
+    memory_total: int | None
+    fits: bool
+    tokens_per_second: float
+    measured: bool
+    basis: str
+    """Where the speed comes from."""
+    mfu: float
+    tokens: int
+    flops: float
+    hours: float
+    dollars: float | None
+    checkpoint_bytes: int
+    """Of each: fp32 masters and moments."""
+    disk_bytes: int
+    """Of all that the run keeps at a time, one being written and the export included."""
+    download_bytes: float
+    """Of FineWeb's parquet, the first epoch."""
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def estimate(config: Config, machine: Machine, price_per_hour: float | None = None, keep_micro_batch: bool = False) -> Estimate:
+    """The run on the machine, with the micro batch of the config if it fits and divides (or `keep_micro_batch`), else the
+    largest that does.
+
+    Args:
+        price_per_hour: dollars for the whole machine.
+    """
+    chosen: int | None = config.micro_batch_size
+    divides = config.batch_tokens % (config.micro_batch_size * config.sequence_length * machine.gpus) == 0
+    limit = USABLE_MEMORY * machine.gpu.memory * GIB
+    if not keep_micro_batch and (not divides or sum(memory_by_part(config, machine.gpus).values()) > limit):
+        chosen = largest_micro_batch(config, machine)
+    memory = memory_by_part(replace(config, micro_batch_size=chosen), machine.gpus) if chosen else None
+    total = sum(memory.values()) if memory else None
+    speed, measured = tokens_per_second(config, machine)
+    parameters = count_parameters(config, GPT2_VOCAB_SIZE)
+    tokens = _plan(config).total_tokens
+    flops = flops_per_token(config, GPT2_VOCAB_SIZE)
+    hours = tokens / speed / 3600
+    state = 12 * parameters - (48 * config.n_layer * config.n_embd**2 if config.optimizer == "muon" else 0)
+    if measured:
+        basis = "measured"
+    elif (machine.gpu_name, config.n_layer, config.n_embd) in MEASURED:
+        basis = "estimate: one GPU measured, the exchange computed"
+    else:
+        basis = f"estimate: MFU {machine.gpu.mfu:.2f}, {machine.gpu.why}"
+    return Estimate(
+        machine=machine.name,
+        parameters=parameters,
+        micro_batch_size=chosen,
+        accumulation=config.batch_tokens // (chosen * config.sequence_length * machine.gpus) if chosen else None,
+        memory=memory,
+        memory_total=total,
+        fits=total is not None and total <= limit,
+        tokens_per_second=speed,
+        measured=measured,
+        basis=basis,
+        mfu=speed * flops / (peak_flops(machine.gpu.name) * machine.gpus),
+        tokens=tokens,
+        flops=float(tokens) * flops,
+        hours=hours,
+        dollars=hours * price_per_hour if price_per_hour is not None else None,
+        checkpoint_bytes=state,
+        disk_bytes=(config.keep_checkpoints + 1) * state + 4 * parameters,
+        download_bytes=tokens * FINEWEB_BYTES_PER_TOKEN,
+    )
+
+
+def _plan(config: Config) -> Plan:
+    # Steps and tokens do not depend on the number of ranks.
+    return make_plan(replace(config, micro_batch_size=1), 1)
+
+
+def with_size(config: Config, size: str) -> Config:
+    """The run with the shape of another of GPT-2's sizes."""
+    n_layer, n_head, n_embd = SIZES[size]
+    return replace(config, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
+
+def best_within(
+    config: Config, machine: Machine, hours: float, price_per_hour: float | None
+) -> list[tuple[str, Estimate, float]]:
+    """For each size that fits the machine, the run that lasts `hours`, with its loss by SCALING_FIT; best first."""
+    found = []
+    for size in SIZES:
+        sized = with_size(config, size)
+        speed, _ = tokens_per_second(sized, machine)
+        steps = math.floor(hours * 3600 * speed / sized.batch_tokens)
+        warmup = sized.warmup_steps if sized.warmup_steps < 1 else min(sized.warmup_steps, steps // 10)
+        if steps < 1:
+            continue
+        sized = replace(sized, max_tokens=None, max_steps=steps, warmup_steps=warmup, batch_ramp=None)
+        run = estimate(sized, machine, price_per_hour)
+        if run.fits:
+            found.append((size, run, predicted_loss(run.parameters, run.tokens)))
+    return sorted(found, key=lambda item: item[2])
+
+
+def predicted_loss(parameters: int, tokens: int) -> float:
+    """SCALING_FIT's loss, nats a token of its own text and tokenizer."""
+    floor, a, alpha, b, beta = SCALING_FIT
+    return floor + a / parameters**alpha + b / tokens**beta

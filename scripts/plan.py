@@ -1,0 +1,125 @@
+"""What a run needs and costs, before anything is rented. Needs no GPU and loads no torch.
+
+python scripts/plan.py configs/gpt2-124m.yaml --machine 8xA100-80GB --price_per_hour 14
+python scripts/plan.py configs/gpt2-124m.yaml --table                        GPT-2's sizes on many machines
+python scripts/plan.py configs/gpt2-124m.yaml --machine 8xH100-80GB --price_per_hour 24 --budget 20
+python scripts/plan.py configs/gpt2-124m.yaml --machine 8xH100-80GB --deadline 2h
+
+Fields of the run may be given as to pretrain.py (`--max_tokens 5000000000`); --json prints everything as one object.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipe.config import ConfigError, parse_config
+from recipe.estimate import GPUS, SIZES, Estimate, best_within, estimate, parse_machine, with_size
+
+TABLE_COUNTS = (1, 8, 16, 64)
+
+
+def parse_hours(text: str) -> float:
+    """`2h`, `90m`, or `1h30m`, in hours."""
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?", text)
+    if not text or not match:
+        raise ConfigError(f"deadline: {text} is not a time such as 2h, 90m or 1h30m")
+    return float(match[1] or 0) + float(match[2] or 0) / 60
+
+
+def lines(run: Estimate) -> list[str]:
+    """The estimate for people."""
+    memory = (
+        [f"memory a GPU      {run.memory_total / 2**30:.1f} GiB{'' if run.fits else ': DOES NOT FIT'}"] if run.memory else []
+    )
+    parts = [f"  {part:15} {size / 2**30:.2f} GiB" for part, size in (run.memory or {}).items()]
+    micro = f"{run.micro_batch_size} rows, {run.accumulation} accumulation" if run.micro_batch_size else "none fits"
+    return [
+        f"machine           {run.machine}",
+        f"parameters        {run.parameters:,}",
+        f"micro batch       {micro}",
+        *memory,
+        *parts,
+        f"tokens/s          {run.tokens_per_second:,.0f}  ({run.basis})",
+        f"causal MFU        {run.mfu:.1%}",
+        f"tokens            {run.tokens:,}",
+        f"FLOPs             {run.flops:.3g}",
+        f"time              {run.hours:.2f} hours",
+        f"money             {'unknown: give --price_per_hour' if run.dollars is None else f'{run.dollars:,.2f} dollars'}",
+        f"disk              {run.disk_bytes / 1e9:.1f} GB  ({run.checkpoint_bytes / 1e9:.1f} GB a checkpoint)",
+        f"download          {run.download_bytes / 1e9:.1f} GB if the text is FineWeb's",
+    ]
+
+
+def table(config, price: float | None) -> list[str]:
+    """A row for each machine, a column for each size: tokens/s and hours. `*` is measured."""
+    names = [f"{count}x{gpu}" for gpu in GPUS for count in TABLE_COUNTS]
+    rows = ["machine           " + "".join(f"{size:>24}" for size in SIZES)]
+    for name in names:
+        cells = []
+        for size in SIZES:
+            run = estimate(with_size(config, size), parse_machine(name), price)
+            mark = "*" if run.measured else " "
+            cells.append(f"{run.tokens_per_second:,.0f}{mark} {run.hours:,.1f} h" if run.fits else "does not fit ")
+        rows.append(f"{name:18}" + "".join(f"{cell:>24}" for cell in cells))
+    return [
+        *rows,
+        "",
+        f"tokens/s and hours for {estimate(config, parse_machine(names[0])).tokens:,} tokens; * measured, else estimated",
+    ]
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--machine", help="COUNTxGPU, as 8xA100-80GB")
+    parser.add_argument("--price_per_hour", type=float, help="dollars, for the whole machine")
+    parser.add_argument("--table", action="store_true", help="GPT-2's sizes on many machines")
+    parser.add_argument("--budget", type=float, help="dollars; the best run that they buy")
+    parser.add_argument("--deadline", help="2h, 90m; the best run that ends by then")
+    parser.add_argument("--json", action="store_true")
+    arguments, rest = parser.parse_known_args(words)
+    try:
+        config, problems = parse_config(rest)
+        wants_machine = not arguments.table
+        if wants_machine and not arguments.machine:
+            problems.append("machine: missing; give --machine 8xA100-80GB, or --table for many")
+        if arguments.budget is not None and not arguments.price_per_hour:
+            problems.append("budget: dollars become hours by --price_per_hour, which is missing")
+        if problems:
+            raise ConfigError(*problems)
+        if arguments.table:
+            output = table(config, arguments.price_per_hour)
+            print("\n".join(output) if not arguments.json else json.dumps(output))
+            return 0
+        machine = parse_machine(arguments.machine)
+        if arguments.budget is not None or arguments.deadline:
+            limits = [arguments.budget / arguments.price_per_hour] if arguments.budget is not None else []
+            limits += [parse_hours(arguments.deadline)] if arguments.deadline else []
+            runs = best_within(config, machine, min(limits), arguments.price_per_hour)
+            if arguments.json:
+                print(json.dumps([{"size": size, "fit_loss": loss, **run.as_dict()} for size, run, loss in runs]))
+            else:
+                print(
+                    f"within {min(limits):.2f} hours on {machine.name}, best first by a published scaling fit (of other text):"
+                )
+                for size, run, loss in runs:
+                    money = "" if run.dollars is None else f", {run.dollars:,.2f} dollars"
+                    print(f"  {size:6} {run.tokens:>16,} tokens  fit {loss:.3f}  {run.hours:.2f} h{money}  ({run.basis})")
+            return 0
+        run = estimate(config, machine, arguments.price_per_hour)
+        print(json.dumps(run.as_dict()) if arguments.json else "\n".join(lines(run)))
+    except ConfigError as error:
+        from recipe.cli import report_problems
+
+        report_problems(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
