@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from recipe.files import sha256, sync, sync_folder, write_json
@@ -92,7 +93,7 @@ def save(
         if target.exists():
             remove(target)
         os.replace(temporary, target)
-    except OSError:
+    except (OSError, SafetensorError):
         # What was written of it would keep a full disk full.
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from recipe import checkpoint
 from recipe.config import Config, ConfigError
@@ -98,9 +99,9 @@ class Saver:
             result["save_seconds"] = time.monotonic() - began
             self.longest = max(self.longest, result["save_seconds"])
             self._done.append(result)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self._error = checkpoint.CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror or error}; the "
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; the "
                 "older ones are as they were. Make room or repair the disk, and give the same command again"
             )
         except Exception as error:

@@ -88,7 +88,7 @@ class Run:
     def execute(self) -> str | None:
         """Set up, train, and on rank 0 export and evaluate. What stopped the training early, if anything did."""
         limit = self.config.watchdog_seconds
-        self.distributed = Distributed(max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * limit)))
+        self.distributed = Distributed(max(COLLECTIVE_TIMEOUT, timedelta(seconds=min(2 * limit, 1e6))))
         self.watchdog = Watchdog(self.distributed, limit, self._fail)
         self.saver = Saver(self.folder.checkpoints, self.config, self.distributed, self.watchdog)
         self.say(f"{self.plan.num_processes} ranks on {self._device_name()}")

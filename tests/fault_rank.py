@@ -11,15 +11,15 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from recipe import checkpoint, cli, files, train
+from recipe import checkpoint, cli, files, inputs, run_folder, train
 from recipe.data.stream import RowStream
-from recipe.distributed import Distributed
 from recipe.engine import Engine, ReplicatedEngine
 from recipe.model import PretrainingModel
 from recipe.train import Run
@@ -104,12 +104,11 @@ def engine_class() -> type[Engine]:
 
 PLACES = {
     "gather": lambda: (engine_class(), "full_state"),
-    "gathered": lambda: (Run, "_finish_saving"),
+    "renamed": lambda: (checkpoint, "sync_folder"),
     "weights": lambda: (checkpoint, "save_file"),
     "state": lambda: (checkpoint, "write_json"),
     "sync": lambda: (checkpoint, "sync"),
     "hash": lambda: (checkpoint, "sha256"),
-    "commit": lambda: (os, "replace"),
     "rotate": lambda: (checkpoint, "rotate"),
     "delete": lambda: (checkpoint, "remove"),
     "step": lambda: (Run, "_train_step"),
@@ -162,15 +161,20 @@ def fail(fired: Callable, place: str, call: int, message: str) -> None:
 
 
 @fault
-def full_disk(fired: Callable, place: str, call: int) -> None:
-    """The disk becomes full in the middle of the `call`-th file."""
+def full_disk(fired: Callable, call: int) -> None:
+    """The disk becomes full in the middle of the `call`-th file of weights: the kernel refuses what goes beyond 64 KiB."""
 
     def action(count: int) -> None:
-        if count >= call:
+        if count == call:
             fired()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
 
-    before(*PLACES[place](), action)
+    def lift(count: int) -> None:
+        # Of the failed save nothing but its files is refused.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    before(checkpoint, "save_file", action)
+    before(checkpoint.shutil, "rmtree", lift)
 
 
 @fault
@@ -201,8 +205,8 @@ def poison(fired: Callable, value: float, steps: list[int]) -> None:
 
 
 @fault
-def scramble(fired: Callable, steps: list[int], kept: bool = True) -> None:
-    """The rows that come at some steps make the loss jump: those very rows, whenever they come again."""
+def scramble(fired: Callable, steps: list[int], factor: float | str) -> None:
+    """The rows that come at some steps multiply the loss: those very rows, whenever they come again."""
     forward, at, bad = PretrainingModel.forward, {}, set()
 
     def scrambled(self, rows):
@@ -216,7 +220,7 @@ def scramble(fired: Callable, steps: list[int], kept: bool = True) -> None:
             at["over"] = True
         if digest in bad:
             fired()
-            return losses * 3
+            return losses * float(factor)
         return losses
 
     PretrainingModel.forward = scrambled
@@ -312,10 +316,21 @@ def slow(fired: Callable, place: str, seconds: float) -> None:
     before(*PLACES[place](), action)
 
 
+@fault
+def impatient(fired: Callable) -> None:
+    """Not a fault: a busy folder is waited for a second only."""
+    run_folder.LOCK_WAIT_S = 1
+    fired()
+
+
+@fault
+def unmeasured(fired: Callable) -> None:
+    """Nobody notices before the run that the text is too short for it."""
+    inputs.check_length = lambda *arguments: fired() or "not measured"
+
+
 with contextlib.suppress(ImportError):
     # Into the parent, so that the children need not.
     import deepspeed  # noqa: F401
     from accelerate import Accelerator, PartialState  # noqa: F401
     from transformers import AutoTokenizer, GPT2LMHeadModel  # noqa: F401
-
-assert Distributed is not None
