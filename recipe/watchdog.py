@@ -136,11 +136,14 @@ class Watchdog:
         everyone = {**self.beats, self.distributed.rank: self._own()}
         # A rank that is silent is noticed before those that wait for it seem stuck.
         silent = [rank for rank, beat in everyone.items() if now - beat.heard > 0.75 * self.limit]
-        stuck = [rank for rank, beat in everyone.items() if self._is_stuck(beat) and rank not in silent]
+        stuck = [rank for rank, beat in everyone.items() if self._is_stuck(beat, self.limit) and rank not in silent]
         if not silent and not stuck:
             return
-        # Those that wait for another rank are not at fault, unless all do; of the others the one that is longest at it.
-        candidates = silent or [r for r in stuck if not everyone[r].waiting or everyone[r].writing > self.limit] or stuck
+        # Those that wait for another rank are not at fault, unless all do; of the others the one that is longest at it. What
+        # another rank said is up to a beat old, and its limit is reached a moment after ours.
+        almost = self.limit - 2 * self.interval
+        at_work = [r for r, beat in everyone.items() if not beat.waiting and self._is_stuck(beat, almost)]
+        candidates = silent or [r for r in stuck if everyone[r].writing > self.limit] or at_work or stuck
         culprit = max(candidates, key=lambda rank: everyone[rank].seconds)
         if silent:
             reason = f"watchdog: no sign of life from {self._describe(culprit)}"
@@ -161,8 +164,8 @@ class Watchdog:
                 os.kill(beat.pid, signal.SIGKILL)
         os._exit(1)
 
-    def _is_stuck(self, beat: Beat) -> bool:
-        return beat.writing > self.limit or (beat.seconds > self.limit and beat.phase not in UNLIMITED)
+    def _is_stuck(self, beat: Beat, limit: float) -> bool:
+        return beat.writing > limit or (beat.seconds > limit and beat.phase not in UNLIMITED)
 
     def _describe(self, rank: int) -> str:
         beat = self._own() if rank == self.distributed.rank else self.beats[rank]

@@ -214,10 +214,8 @@ def scramble(fired: Callable, steps: list[int], factor: float | str) -> None:
         if not self.training:
             return losses
         digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-        if at.get("step") in steps and not at.get("over"):
+        if at["step"] in steps and at["visits"].count(at["step"]) == 1:
             bad.add(digest)
-        elif bad and at.get("step", 0) > max(steps):
-            at["over"] = True
         if digest in bad:
             fired()
             return losses * float(factor)
@@ -232,6 +230,7 @@ def _note_step(at: dict) -> None:
 
     def train_step(self, step):
         at["step"] = step
+        at.setdefault("visits", []).append(step)
         return original(self, step)
 
     Run._train_step = train_step
