@@ -271,7 +271,7 @@ def test_rotation_with_strays(bench: Bench, engine: str, tmp_path: Path) -> None
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == sorted(
         [*strays, "notes.txt", *(f"step-{n:08d}" for n in kept)]
     )
-    assert "warning" not in job.output()
+    assert "could not be deleted" not in job.output()
 
 
 @pytest.mark.promise("A failed delete does not stop the run", "folders that cannot be deleted")
@@ -404,7 +404,7 @@ def test_the_watchdog(
     job.wait_for(lambda: job.fired(rank))
     began = time.monotonic()
     codes = job.wait(30)
-    assert time.monotonic() - began < 6 + 5
+    assert time.monotonic() - began < 6 + 8  # the ranks that do not record it leave the one that does 2.5 s
     assert 0 not in codes and 75 not in codes
     told = status(folder)
     assert (told["state"], told["exit_code"], told["rank"]) == ("failed", 1, rank), told
