@@ -5,7 +5,6 @@ Nothing here imports torch before the configuration is known to be good, so that
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from recipe.config import Config, ConfigError
 from recipe.plan import Plan, load_run
 from recipe.run_folder import RunFolder
+from recipe.signals import StopSignals, follow_the_launcher
 
 EXIT_OK, EXIT_FAULT, EXIT_CONFIG, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -24,8 +24,23 @@ def main(arguments: list[str]) -> int:
     """Run `pretrain.py`.
 
     Returns:
-        the exit code: 0 done, 2 bad configuration or input, 75 stopped by a signal after saving, 1 a fault.
+        the exit code: 0 done, 2 bad configuration or input, 75 stopped by a signal after saving, 1 a fault. Rank 0 writes it to
+        the file that PRETRAIN_EXIT_FILE names, too, for `accelerate launch` makes 1 of all but 0.
     """
+    code = _run(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        note_exit(code)
+    return code
+
+
+def note_exit(code: int) -> None:
+    """Tell scripts/supervise.sh, if it has asked, how the process ends."""
+    if path := os.environ.get("PRETRAIN_EXIT_FILE"):
+        Path(path).write_text(f"{code}\n", encoding="utf-8")
+
+
+def _run(arguments: list[str]) -> int:
+    parent = os.getppid()
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config, plan = load_run(arguments, num_ranks)
@@ -37,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
                 dry_run(config, plan)
             return EXIT_OK
-        return _train(config, plan, folder, rank)
+        return _train(config, plan, folder, rank, parent)
     except ConfigError as error:
         if rank == 0:
             report_problems(error)
@@ -54,37 +69,40 @@ def report_problems(error: ConfigError) -> None:
     print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr, flush=True)
 
 
-def _follow_the_launcher() -> None:
-    """Ask Linux for a SIGTERM when the launcher dies: launchers start their workers in sessions of their own, so that a
-    launcher that is killed, or that does not forward a signal, would leave them training on for hours."""
-    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _train(config: Config, plan: Plan, folder: RunFolder, rank: int, parent: int) -> int:
+    started, run = time.monotonic(), None
 
+    def end_without_saving(number: signal.Signals) -> None:
+        if folder.locked and run is not None:
+            folder.status("stopped", EXIT_STOPPED, run.step, plan.tokens_after(run.step), f"signal {number.name}")
+        if rank == 0:
+            note_exit(EXIT_STOPPED)
+        print(f"rank {rank} stopped by {number.name}; nothing was left to save", flush=True)
+        os._exit(EXIT_STOPPED)
 
-def _train(config: Config, plan: Plan, folder: RunFolder, rank: int) -> int:
+    signals = StopSignals(end_without_saving)
+    follow_the_launcher(parent)
     from recipe.train import Run
 
-    _follow_the_launcher()
-    run = Run(config, plan, folder)
+    run = Run(config, plan, folder, signals, started)
     try:
         stopped_by = run.execute()
     except ConfigError:
         raise
     except Exception as error:
         traceback.print_exc()
+        at_fault = rank if getattr(error, "rank", None) is None else error.rank
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        print(f"rank {rank} failed at step {run.step}: {reason}", file=sys.stderr, flush=True)
-        if folder.config.is_file():
-            folder.status("failed", EXIT_FAULT, run.step, plan.tokens_after(run.step), reason, rank)
+        print(f"rank {at_fault} failed at step {run.step}: {reason}", file=sys.stderr, flush=True)
+        # A rank that only lost its connection knows less than the one that has spoken already.
+        if folder.config.is_file() and not (at_fault != rank and folder.has_ended()):
+            folder.status("failed", EXIT_FAULT, run.step, plan.tokens_after(run.step), reason, at_fault)
         return EXIT_FAULT
-    tokens = plan.tokens_after(run.step)
     if stopped_by is not None:
         if rank == 0:
-            folder.status("stopped", EXIT_STOPPED, run.step, tokens, f"signal {stopped_by.name}")
-            print(f"stopped at step {run.step}; the same command goes on from here", flush=True)
+            print(f"stopped at step {run.step} by {stopped_by}; the same command goes on from here", flush=True)
         return EXIT_STOPPED
     if rank == 0:
-        folder.status("finished", EXIT_OK, run.step, tokens)
+        folder.status("finished", EXIT_OK, run.step, plan.tokens_after(run.step))
         print(f"finished: {folder.path}", flush=True)
     return EXIT_OK

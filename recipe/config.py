@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import hashlib
 import inspect
+import json
 import math
 import re
 import types
@@ -156,8 +158,31 @@ class TrainingConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this (a multiple of save_every) are never deleted; 0: no others are kept."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest validation loss as well (of those saved at a step with one)."""
     log_every: int = 10
     """Steps between progress lines. metrics.jsonl has every step regardless."""
+
+
+@dataclass(kw_only=True)
+class FaultConfig:
+    max_hours: float | None = None
+    """Hours after which the run saves and stops by itself, with code 75, early enough for the save. Default: no limit."""
+    watchdog_seconds: float = 540
+    """End the run, with the rank and what it was doing named, if a rank is frozen, waits for text, computes or saves for this
+    long; 0 switches that off. Reading from the Hub is retried for up to seven minutes: shorter ends such runs sooner."""
+    on_nonfinite: typing.Literal["stop", "rollback"] = "stop"
+    """After three steps in a row whose gradient is not finite (each is left out): stop, or go back to the last checkpoint
+    before them and leave their rows out."""
+    spike_action: typing.Literal["none", "skip", "rollback"] = "none"
+    """What to do about a step whose loss lies far above those before it. skip: leave out its update; rollback: go back to the
+    last checkpoint before it and leave its rows out. The rows are recorded in skipped_rows.jsonl."""
+    spike_threshold: float = 6.0
+    """Standard deviations above the mean of the steps accepted before, from which a loss is a spike."""
+    spike_window: int = 128
+    """Accepted steps that a loss is compared with. Before there are a quarter of them no loss is a spike."""
 
 
 @dataclass(kw_only=True)
@@ -175,7 +200,7 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
-class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, EvaluationConfig):
+class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, FaultConfig, EvaluationConfig):
     """All fields of a run, flat, as in the YAML file and on the command line."""
 
     dry_run: bool = False
@@ -186,7 +211,8 @@ class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, Evaluatio
 
 NOT_PART_OF_THE_RUN = frozenset(
     "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every sample_every evaluate_tasks "
-    "evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size compile kernels max_epochs".split()
+    "evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size compile kernels max_epochs "
+    "keep_every keep_best max_hours watchdog_seconds on_nonfinite spike_action spike_threshold spike_window".split()
 )
 """Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
 
@@ -380,7 +406,7 @@ _AT_LEAST = {
     "weight_decay": 0, "beta1": 0, "beta2": 0, "epsilon": 0, "max_grad_norm": 0, "muon_learning_rate": 0, "muon_momentum": 0,
     "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0, "muon_ns_steps": 1, "batch_tokens": 1, "micro_batch_size": 1,
     "max_steps": 1, "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
-    "sample_every": 0, "evaluate_limit": 1,
+    "sample_every": 0, "evaluate_limit": 1, "keep_every": 0, "watchdog_seconds": 0, "spike_threshold": 1, "spike_window": 8,
 }  # fmt: skip
 _BELOW = {"beta1": 1, "beta2": 1, "muon_momentum": 1, "seed": 2**64}
 
@@ -394,6 +420,8 @@ def _range_problems(config: Config) -> list[str]:
     for name, limit in _BELOW.items():
         if getattr(config, name) >= limit:
             problems.append(f"{name}: {getattr(config, name)} must be below {limit}")
+    if config.max_hours is not None and config.max_hours <= 0:
+        problems.append(f"max_hours: {config.max_hours} leaves no time to train; give hours, or drop it")
     if config.n_head > 0 and config.n_embd % config.n_head:
         lower = config.n_embd - config.n_embd % config.n_head
         choices = " or ".join(str(n) for n in (lower, lower + config.n_head) if n > 0)
@@ -448,6 +476,12 @@ def parse_batch_ramp(text: str | None) -> tuple[tuple[int, int], ...]:
         if min(ramp[-1]) < 1:
             raise ValueError(stage)
     return tuple(ramp)
+
+
+def config_hash(config: Config) -> str:
+    """Hex sha256 of the fields that make the run what it is: equal for a run and its continuations."""
+    fields = {name: getattr(config, name) for name in config_fields() if name not in NOT_PART_OF_THE_RUN}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def to_yaml(config: Config) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -20,9 +22,14 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class Distributed:
-    """The processes of the run: who I am, and what we tell each other."""
+    """The processes of the run: who I am, and what we tell each other.
 
-    def __init__(self):
+    Attributes:
+        waiting: whether this rank waits for the others to say something.
+    """
+
+    def __init__(self, timeout: timedelta = COLLECTIVE_TIMEOUT):
+        self.waiting = False
         # DeepSpeed calls collectives by names that newer torch deprecates.
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
         self.cuda = torch.cuda.is_available()
@@ -35,7 +42,7 @@ class Distributed:
         from accelerate import PartialState
 
         # On a CPU the group must exist before the Accelerator, which otherwise takes every DeepSpeed process for rank 0.
-        state = PartialState(cpu=not self.cuda, timeout=COLLECTIVE_TIMEOUT)
+        state = PartialState(cpu=not self.cuda, timeout=timeout)
         self.rank, self.num_ranks, self.device = state.process_index, state.num_processes, state.device
         if self.deepspeed and not dist.is_initialized():
             # ZeRO-1 in one process that no launcher started.
@@ -51,7 +58,8 @@ class Distributed:
         if self.num_ranks == 1:
             return values
         tensor = torch.from_numpy(np.ascontiguousarray(values))
-        dist.all_reduce(tensor, group=self._cpu_group)
+        with self._waiting():
+            dist.all_reduce(tensor, group=self._cpu_group)
         return tensor.numpy()
 
     def any(self, flag: bool) -> bool:
@@ -63,8 +71,18 @@ class Distributed:
         if self.num_ranks == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._cpu_group)
+        with self._waiting():
+            dist.broadcast_object_list(box, src=0, group=self._cpu_group)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Only our own ranks talk here, so unpickling is safe."""
+        if self.num_ranks == 1:
+            return [value]
+        values = [None] * self.num_ranks
+        with self._waiting():
+            dist.all_gather_object(values, value, group=self._cpu_group)
+        return values
 
     def on_main(self, function, *arguments) -> Any:
         """Run a function on rank 0 and give its result, or its error, to every rank."""
@@ -111,6 +129,14 @@ class Distributed:
         if self.cuda:
             tensor = tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.long()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

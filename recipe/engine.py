@@ -38,7 +38,12 @@ class StepResult:
     grad_norm: torch.Tensor
     """Global gradient norm before clipping, scalar."""
     skipped: torch.Tensor
-    """1 if the gradient was not finite and nothing was updated, else 0; scalar."""
+    """1 if the gradient was not finite, or made so for a loss above the limit, and nothing was updated, else 0; scalar."""
+    limit: torch.Tensor | None = None
+    """The loss above which the step counts as a spike, scalar; None if nobody looks for spikes."""
+
+    def limit_or_inf(self) -> torch.Tensor:
+        return torch.full_like(self.loss, float("inf")) if self.limit is None else self.limit
 
 
 class Engine:
@@ -60,20 +65,44 @@ class Engine:
             # which cannot be compiled, stay outside.
             model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)
 
-    def train_step(self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters) -> StepResult:
-        """Forward and backward over micro-batches of rows [micro batch, sequence + 1], as many on every rank, then update."""
+    def train_step(
+        self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters, limit: torch.Tensor | None = None
+    ) -> StepResult:
+        """Forward and backward over micro-batches of rows [micro batch, sequence + 1], as many on every rank, then update.
+
+        Args:
+            limit: a loss, nats per token, scalar on the device: if the mean of all ranks' lies above it, nothing is updated.
+        """
         raise NotImplementedError
 
-    def full_state(self) -> dict[str, torch.Tensor]:
+    def _gate(self, loss: torch.Tensor, total: torch.Tensor, limit: torch.Tensor | None) -> torch.Tensor:
+        """The loss of a step's last micro-batch, made NaN where `total`, the step's loss on this rank, lies above `limit` as a
+        mean over the ranks: then the gradient is not finite, and the step is left out without a look from the host."""
+        if limit is None:
+            return loss
+        mean = self.distributed.mean(total.detach().clone())
+        return loss * torch.where(mean > limit, float("nan"), 1.0)
+
+    def full_state(self, buffers: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Masters and moments in fp32 on the CPU of rank 0 (empty elsewhere), the same under every engine and number of
         ranks: `model.NAME`; `exp_avg.NAME` and `exp_avg_sq.NAME` of AdamW's parameters, `momentum_buffer.NAME` of Muon's,
-        with NAME as in GPT2LMHeadModel; and AdamW's `step`. Collective."""
-        state = {}
+        with NAME as in GPT2LMHeadModel; and AdamW's `step`. Collective.
+
+        Args:
+            buffers: an earlier full state, of which nothing is needed any more, to be overwritten by this one.
+        """
+        state, buffers = {}, buffers or {}
         for kind, name, tensor in self._full_tensors():
             if self.distributed.is_main:
-                state[f"{kind}.{name.removeprefix('gpt2.')}"] = tensor.float().cpu().clone()
+                key = f"{kind}.{name.removeprefix('gpt2.')}"
+                if key not in buffers:
+                    # Page-locked memory is filled at 25 GB/s or more, other memory at 3 or so.
+                    buffers[key] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=self.distributed.cuda)
+                state[key] = buffers[key].copy_(tensor, non_blocking=True)
         if self.distributed.is_main:
             state["step"] = self._optimizer_step().detach().cpu().float().reshape(1).clone()
+        if self.distributed.cuda:
+            torch.cuda.current_stream().synchronize()
         return state
 
     def load_full_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -120,12 +149,16 @@ class ReplicatedEngine(Engine):
         for flat in self._groups:
             self.optimizer.state[flat.masters] = initial_state(flat.group.algorithm, flat.masters)
 
-    def train_step(self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters, limit: torch.Tensor | None = None
+    ) -> StepResult:
         total = torch.zeros((), device=self.distributed.device)
-        for rows in micro_batches:
+        for number, rows in enumerate(micro_batches, 1):
             loss = self.model(rows).mean() / len(micro_batches)
-            loss.backward()
             total += loss.detach()
+            if number == len(micro_batches):
+                loss = self._gate(loss, total, limit)
+            loss.backward()
             for group in self._groups:
                 group.accumulate()
         with record_function(OPTIMIZER):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -47,6 +48,7 @@ class RunFolder:
         self.cache = path / "cache"
         self.metrics = path / "metrics.jsonl"
         self.positions = self.cache / "positions.jsonl"
+        self.skipped_rows = path / "skipped_rows.jsonl"
         self.config = path / "config.yaml"
         self._lock: TextIO | None = None
 
@@ -113,6 +115,18 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}\n")
         self._lock.flush()
+
+    @property
+    def locked(self) -> bool:
+        """Whether this process keeps others out."""
+        return self._lock is not None
+
+    def has_ended(self) -> bool:
+        """Whether status.json says that the run was stopped or has failed."""
+        try:
+            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"] in ("stopped", "failed")
+        except (OSError, ValueError, KeyError):
+            return False
 
     def claim(self, config: Config, environment: dict) -> None:
         """Create and lock the folder and write config.yaml and environment.json; on a continued run they are rewritten."""

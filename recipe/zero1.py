@@ -58,7 +58,9 @@ class Zero1Engine(Engine):
         if precision == "bf16":
             self.engine.optimizer.step = self._update
 
-    def train_step(self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters, limit: torch.Tensor | None = None
+    ) -> StepResult:
         total = torch.zeros((), device=self.distributed.device)
         set_hyperparameters(self.engine.optimizer.param_groups, values)
         if len(micro_batches) != self.engine.gradient_accumulation_steps():
@@ -68,10 +70,12 @@ class Zero1Engine(Engine):
         skipped_before = self.engine.skipped_steps
         for rows in micro_batches:
             loss = self.engine(rows).mean()
+            total += loss.detach() / len(micro_batches)
+            if self.engine.is_gradient_accumulation_boundary():
+                loss = self._gate(loss, total, limit)
             self.engine.backward(loss)
             with record_function(OPTIMIZER) if self.engine.is_gradient_accumulation_boundary() else contextlib.nullcontext():
                 self.engine.step()
-            total += loss.detach() / len(micro_batches)
         if self.precision == "bf16":
             norm, skipped = self.engine.get_global_grad_norm(), self._skipped
         else:

@@ -52,3 +52,57 @@ def write_fineweb(folder: Path, files: int, documents: int, row_group_size: int 
 def fineweb_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three parquet files in FineWeb's schema, about 120,000 tokens of a small BPE."""
     return write_fineweb(tmp_path_factory.mktemp("fineweb"), files=3, documents=200)
+
+
+# --- docs/reliability.md ------------------------------------------------------------------------------------------
+
+HEADER = """# Reliability
+
+What the recipe promises about faults, and what came of causing them. Made by the fault suite itself:
+
+    bash scripts/test.sh -m faults --reliability docs/reliability.md
+
+Each test asserts that its fault has happened, and before a checkpoint is loaded that the state differs from it. The ranks
+are forked from one parent, over gloo, on two cores; rows that name `accelerate launch` or `supervise.sh` start whole programs.
+
+| promise | fault | result | cases | seconds |
+|---|---|---|---|---|
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", metavar="FILE", help="write the table of the fault tests to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--reliability"):
+        config.pluginmanager.register(ReliabilityTable(Path(config.getoption("--reliability"))))
+
+
+class ReliabilityTable:
+    """Collects the results of the tests that have a promise, and writes a row for each promise and fault."""
+
+    def __init__(self, path: Path):
+        self._path, self._rows = path, {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            if marker := item.get_closest_marker("promise"):
+                item.user_properties.append(("promise", marker.args))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        key = dict(report.user_properties).get("promise")
+        if key is None:
+            return
+        row = self._rows.setdefault(key, {"cases": 0, "failed": 0, "skipped": 0, "seconds": 0.0})
+        row["seconds"] += report.duration
+        row["cases"] += report.when == "call"
+        row["failed"] += report.failed
+        row["skipped"] += report.skipped
+
+    def pytest_sessionfinish(self) -> None:
+        lines = []
+        for (promise, fault), row in self._rows.items():
+            result = f"{row['failed']} FAILED" if row["failed"] else "skipped" if row["skipped"] else "kept"
+            lines.append(f"| {promise} | {fault} | {result} | {row['cases']} | {row['seconds']:.0f} |\n")
+        self._path.write_text(HEADER + "".join(lines), encoding="utf-8")

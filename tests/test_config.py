@@ -510,6 +510,9 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "beta2": lambda rng: rng.random(),
     "muon_momentum": lambda rng: rng.random(),
     "batch_ramp": lambda rng: rng.choice([None, "1x1", "64x3, 128x2", "131_072x1000"]),
+    "max_hours": lambda rng: rng.choice([None, 0.5 + rng.random()]),
+    "spike_threshold": lambda rng: 1 + rng.random(),
+    "spike_window": lambda rng: 8 + rng.randrange(1000),
     "dry_run": lambda rng: False,
     "name": lambda rng: "round",
 }

@@ -72,7 +72,7 @@ def test_the_run_folder_has_its_layout(finished: Path) -> None:
     assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, STEPS)
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["step-00000018", "step-00000024"]
     assert {p.name for p in (finished / "checkpoints" / "step-00000024").iterdir()} == {
-        "MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"
+        "MANIFEST.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
     }  # fmt: skip
 
 

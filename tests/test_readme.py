@@ -36,6 +36,7 @@ APPENDED = {
 ELSEWHERE = {
     "bash scripts/quickstart.sh": "test_scripts.py runs it whole",
     "bash scripts/test.sh": "runs this test",
+    "bash scripts/supervise.sh configs/accelerate/8xa100-zero1.yaml configs/gpt2-124m.yaml": "test_fault_launches.py runs it",
     "bash scripts/install.sh .venv gpu": "test.sh runs it with the extra test",
 }
 

@@ -1,0 +1,68 @@
+"""What a run reads: its text, its tokenizer and its validation rows."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from recipe.config import Config
+from recipe.data.corpus import Corpus, open_corpora
+from recipe.data.prepared import PreparedCorpus, encoder_for, load_prepared_tokenizer
+from recipe.data.validation import check_length, hold_out, read_validation_rows
+from recipe.distributed import Distributed
+from recipe.plan import Plan
+from recipe.run_folder import RunFolder
+from recipe.tokenizer import Encoder, load_tokenizer, obtain_tokenizer
+
+
+class Inputs:
+    """Opened and checked on every rank. Collective.
+
+    Attributes:
+        training: the text, without what is held out.
+        encoder: for `training`.
+        vocab_encoder: of the tokenizer itself, which knows the size of the vocabulary.
+        validation_rows: token ids [rows, sequence + 1].
+        summary: one line about their sizes.
+    Raises:
+        ConfigError: for text that cannot be read or does not last for the run.
+    """
+
+    def __init__(self, config: Config, plan: Plan, folder: RunFolder, distributed: Distributed):
+        self._config, self._folder, self._distributed = config, folder, distributed
+        training, validation = distributed.on_main(
+            open_corpora, config.data, config.validation_data, config.text_column, folder.cache
+        )
+        for corpus in (training, validation):
+            if isinstance(corpus, PreparedCorpus):
+                distributed.on_each_node(corpus.fetch)
+        self.tokenizer = distributed.on_main(self._obtain_tokenizer, training, validation is None)
+        self.vocab_encoder = Encoder(self.tokenizer)
+        self.encoder = encoder_for(training, self.vocab_encoder, "data")
+        self.validation_rows, self.training = self._split_validation(training, validation)
+        checked = distributed.on_main(
+            check_length, self.training, self.encoder, config.sequence_length, plan.total_tokens, config.max_epochs
+        )
+        self.summary = f"{checked}; {self.validation_rows.shape[0] * config.sequence_length:,} validation tokens"
+
+    @cached_property
+    def validation_hash(self) -> str:
+        return hashlib.sha256(self.validation_rows.tobytes()).hexdigest()
+
+    def _obtain_tokenizer(self, training: Corpus, hold_out_part: bool) -> Any:
+        if isinstance(training, PreparedCorpus):
+            return load_prepared_tokenizer(training, self._config.tokenizer)
+        saved = self._folder.cache / "tokenizer"
+        if saved.is_dir():
+            return load_tokenizer(str(saved))
+        return obtain_tokenizer(self._config.tokenizer, training, hold_out_part)
+
+    def _split_validation(self, training: Corpus, validation: Corpus | None) -> tuple[np.ndarray, Corpus]:
+        length, tokens = self._config.sequence_length, self._config.validation_tokens
+        if validation is None:
+            return self._distributed.on_main(hold_out, training, self.encoder, length, tokens)
+        encoder = encoder_for(validation, self.vocab_encoder, "validation_data")
+        return self._distributed.on_main(read_validation_rows, validation, encoder, length, tokens), training
