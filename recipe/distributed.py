@@ -54,7 +54,7 @@ class Distributed:
         return self.rank == 0
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """The element-wise sum of every rank's int64 array, on the CPU."""
+        """The element-wise sum of every rank's array, int64 or float64, on the CPU."""
         if self.num_ranks == 1:
             return values
         tensor = torch.from_numpy(np.ascontiguousarray(values))
