@@ -43,9 +43,7 @@ class Scores:
 
     def metrics(self) -> dict[str, float]:
         """n, acc, acc_norm and their standard errors."""
-        return compute(
-            MultipleChoiceAccuracy, predictions=self.log_likelihoods, lengths=self.lengths, references=self.labels
-        )
+        return compute(MultipleChoiceAccuracy, predictions=self.log_likelihoods, lengths=self.lengths, references=self.labels)
 
 
 class HellaSwag:
@@ -66,7 +64,7 @@ class HellaSwag:
         distributed: Distributed,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, Scores]:
-        """Score every style; the ranks share the work, and each gets all scores. Arguments as in `recipe.evaluation.scoring`."""
+        """Score every style; the ranks share the work and each gets all scores. Arguments as in recipe.evaluation.scoring."""
         result = {}
         for style, (requests, lengths) in self._asked.items():
             sums, truncated = score(requests, losses, max_length, batch_tokens, distributed, progress)
@@ -111,7 +109,9 @@ def local_files(path: Path) -> list[Path]:
         missing = f"{path} holds no .jsonl or .parquet files" if path.is_dir() else f"{path} does not exist"
         raise ConfigError(f"evaluate_data: {missing}; give a copy of the data in one of these formats, or mini")
     if len({f.suffix for f in files}) > 1 or files[0].suffix not in (".jsonl", ".parquet"):
-        raise ConfigError(f"evaluate_data: {path} must be .jsonl or .parquet, not {', '.join(sorted({f.suffix for f in files}))}")
+        raise ConfigError(
+            f"evaluate_data: {path} must be .jsonl or .parquet, not {', '.join(sorted({f.suffix for f in files}))}"
+        )
     return files
 
 
