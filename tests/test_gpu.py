@@ -75,8 +75,8 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_path() -> None:
         errors[name] = relative(torch.cat([g.flatten() for g in ours.values()]), whole)
         errors[f"{name}, worst parameter"] = max(relative(ours[n], reference[n]) for n in ours)
     print("relative errors of the gradient in bf16, against fp32:", errors)
-    assert errors["fast"] < 1e-2
-    assert errors["fast"] < 1.1 * errors["plain"]
+    # Rounding to bf16 itself leaves 1.2e-2 here (docs/results.md): the fast path must not add to what the plain path has.
+    assert errors["fast"] < 1.1 * errors["plain"] < 2e-2
 
 
 @pytest.fixture
