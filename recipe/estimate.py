@@ -10,9 +10,8 @@ import re
 from dataclasses import asdict, dataclass, replace
 
 from recipe.config import Config, ConfigError
-from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters, flops_per_token, make_plan, peak_flops
+from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters, flops_per_token, make_plan, padded_vocab_size, peak_flops
 
-PADDED_MULTIPLE = 128
 GIB = 2**30
 NODE = 8
 """GPUs of one machine."""
@@ -91,20 +90,24 @@ def memory_by_part(config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZE
     A layer keeps 32 times the width in bf16 for each token: two LayerNorms' outputs (2 + 2 bytes), q, k and v (6), the
     attention's output (2), the sums after attention and MLP (2 + 2), and the GELU's input and output (8 + 8).
     """
-    padded = -(-vocab_size // PADDED_MULTIPLE) * PADDED_MULTIPLE
+    padded = padded_vocab_size(vocab_size)
     parameters = count_parameters(config, padded)
-    in_blocks = 12 * config.n_layer * config.n_embd**2
-    moments = 8 * parameters - (4 * in_blocks if config.optimizer == "muon" else 0)
     tokens = config.micro_batch_size * config.sequence_length
     return {
         "weights": 2 * parameters,
         "gradients": 2 * parameters,
         "gradient sums": 4 * parameters,
         "masters": 4 * parameters // ranks,
-        "moments": moments // ranks,
+        "moments": _moment_bytes(config, parameters) // ranks,
         "activations": 32 * config.n_embd * config.n_layer * tokens,
         "logits": 2 * padded * tokens,
     }
+
+
+def _moment_bytes(config: Config, parameters: int) -> int:
+    """Two fp32 moments of each parameter; Muon has one of the blocks' matrices."""
+    saved = 4 * 12 * config.n_layer * config.n_embd**2 if config.optimizer == "muon" else 0
+    return 8 * parameters - saved
 
 
 def largest_micro_batch(config: Config, machine: Machine) -> int | None:
@@ -169,9 +172,8 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(config: Config, machine: Machine, price_per_hour: float | None = None, keep_micro_batch: bool = False) -> Estimate:
-    """The run on the machine, with the micro batch of the config if it fits and divides (or `keep_micro_batch`), else the
-    largest that does.
+def estimate(config: Config, machine: Machine, price_per_hour: float | None = None) -> Estimate:
+    """The run on the machine, with the micro batch of the config if it fits and divides, else the largest that does.
 
     Args:
         price_per_hour: dollars for the whole machine.
@@ -179,7 +181,7 @@ def estimate(config: Config, machine: Machine, price_per_hour: float | None = No
     chosen: int | None = config.micro_batch_size
     divides = config.batch_tokens % (config.micro_batch_size * config.sequence_length * machine.gpus) == 0
     limit = USABLE_MEMORY * machine.gpu.memory * GIB
-    if not keep_micro_batch and (not divides or sum(memory_by_part(config, machine.gpus).values()) > limit):
+    if not divides or sum(memory_by_part(config, machine.gpus).values()) > limit:
         chosen = largest_micro_batch(config, machine)
     memory = memory_by_part(replace(config, micro_batch_size=chosen), machine.gpus) if chosen else None
     total = sum(memory.values()) if memory else None
@@ -188,7 +190,7 @@ def estimate(config: Config, machine: Machine, price_per_hour: float | None = No
     tokens = _plan(config).total_tokens
     flops = flops_per_token(config, GPT2_VOCAB_SIZE)
     hours = tokens / speed / 3600
-    state = 12 * parameters - (48 * config.n_layer * config.n_embd**2 if config.optimizer == "muon" else 0)
+    state = 4 * parameters + _moment_bytes(config, parameters)
     if measured:
         basis = "measured"
     elif (machine.gpu_name, config.n_layer, config.n_embd) in MEASURED:

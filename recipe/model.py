@@ -11,9 +11,7 @@ from recipe.block import fuse_blocks
 from recipe.config import Config
 from recipe.kernels import Kernels
 from recipe.loss import head_losses
-
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this: 50,257 becomes 50,304, which the matrix units like better."""
+from recipe.plan import padded_vocab_size
 
 ATTENTION = "sdpa_causal"
 """SDPA with is_causal and no mask. Under torch.compile transformers' own `sdpa` builds the causal mask, and SDPA then
@@ -21,11 +19,6 @@ loses its causal kernel: 40 ms instead of 18 of a 124M micro-step on an H100 (do
 
 AttentionInterface.register(ATTENTION, sdpa_attention_forward)
 AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """`vocab_size` rounded up to VOCAB_MULTIPLE."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def gpt2_config(config: Config, vocab_size: int, end_of_text: int) -> GPT2Config:

@@ -10,6 +10,8 @@ from recipe.config import Config, ConfigError, parse_batch_ramp, parse_config
 from recipe.data.corpus import check_data_exists
 
 GPT2_VOCAB_SIZE = 50_257
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this: 50,257 becomes 50,304, which the matrix units like better."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,11 @@ def _evaluate_data_problems(config: Config) -> list[str]:
             f"evaluate_data: local data stands for hellaswag, not for {config.evaluate_tasks}; set --evaluate_tasks hellaswag"
         )
     return problems
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """`vocab_size` rounded up to VOCAB_MULTIPLE."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def count_parameters(config: Config, vocab_size: int) -> int:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from fault_rank import run_rank
-from launch import TINY, options
+from launch import TINY, options, read_ledger
 from recipe.files import sha256
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -97,17 +97,8 @@ class Job:
         self.wait_for((checkpoint_path(self.folder, step) / "MANIFEST.json").is_file)
 
     def ledger(self) -> dict[tuple[int, int], str]:
-        """The hash of the row at each (step, place) that any start of the run trained on; one that was trained again must have
-        been the same."""
-        seen: dict[tuple[int, int], str] = {}
-        for path in self.logs.glob("ledger-*.jsonl"):
-            for line in path.read_text().splitlines():
-                try:
-                    step, place, digest = json.loads(line)
-                except ValueError:
-                    continue  # cut off by a kill
-                assert seen.setdefault((step, place), digest) == digest, f"step {step} row {place} differs when read again"
-        return seen
+        """The hash of the row at each (step, place) that any start of the run trained on."""
+        return read_ledger(self.logs)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

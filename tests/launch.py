@@ -79,3 +79,17 @@ def losses(run: Path) -> list[float]:
     records = [r for r in metrics(run) if "train_loss" in r]
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
     return [r["train_loss"] for r in records]
+
+
+def read_ledger(folder: Path) -> dict[tuple[int, int], str]:
+    """The hash of the row at each (step, place) that any start of a run read, from its `ledger-*.jsonl`; one that was read
+    again must have been the same."""
+    seen: dict[tuple[int, int], str] = {}
+    for path in folder.glob("ledger-*.jsonl"):
+        for line in path.read_text().splitlines():
+            try:
+                step, place, digest = json.loads(line)
+            except ValueError:
+                continue  # cut off by a kill
+            assert seen.setdefault((step, place), digest) == digest, f"step {step} row {place} differs when read again"
+    return seen

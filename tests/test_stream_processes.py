@@ -16,6 +16,7 @@ import pytest
 
 from conftest import make_documents
 from corpus_helpers import write_jsonl, write_parquet
+from launch import read_ledger
 from recipe.tokenizer import train_tokenizer
 from stream_rank import LENGTH, ROWS, STEPS, read
 
@@ -75,14 +76,7 @@ def ledger(folder: Path) -> list[list[str]]:
 
     A step that was read again after a kill must have given the same rows; each place of a batch must be there once.
     """
-    seen: dict[tuple[int, int], str] = {}
-    for path in folder.glob("ledger-*.jsonl"):
-        for line in path.read_text().splitlines():
-            try:
-                step, place, digest = json.loads(line)
-            except ValueError:
-                continue  # cut off by the kill
-            assert seen.setdefault((step, place), digest) == digest, f"step {step} row {place} differs when read again"
+    seen = read_ledger(folder)
     assert len(seen) == STEPS * ROWS, "rows are missing"
     return [[seen[step, place] for place in range(ROWS)] for step in range(STEPS)]
 

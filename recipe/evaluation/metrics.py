@@ -14,7 +14,22 @@ import evaluate
 import numpy as np
 
 
-class MultipleChoiceAccuracy(evaluate.Metric):
+class _Metric(evaluate.Metric):
+    """A metric whose description is its docstring."""
+
+    INPUTS: str
+    FEATURES: dict
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=str(self.__doc__),
+            citation="",
+            inputs_description=self.INPUTS,
+            features=datasets.Features(self.FEATURES),
+        )
+
+
+class MultipleChoiceAccuracy(_Metric):
     """Share of items whose right choice has the highest score: log-likelihood (acc), and log-likelihood over the length of the
     choice (acc_norm).
 
@@ -23,20 +38,14 @@ class MultipleChoiceAccuracy(evaluate.Metric):
     of the ending, so that acc_norm takes the least mean loss a token. Of equal scores the first counts, in both.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=str(self.__doc__),
-            citation="",
-            inputs_description="predictions: log-likelihoods of an item's choices; lengths: their lengths; references: the "
-            "index of the right one.",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "lengths": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Value("int64"),
-                }
-            ),
-        )
+    INPUTS = (
+        "predictions: log-likelihoods of an item's choices; lengths: their lengths; references: the index of the right one."
+    )
+    FEATURES = {
+        "predictions": datasets.Sequence(datasets.Value("float64")),
+        "lengths": datasets.Sequence(datasets.Value("float64")),
+        "references": datasets.Value("int64"),
+    }
 
     def _compute(self, predictions, lengths, references) -> dict[str, float]:
         plain, normed = choose(predictions, lengths)
@@ -48,23 +57,15 @@ class MultipleChoiceAccuracy(evaluate.Metric):
         return result
 
 
-class LanguageModelLoss(evaluate.Metric):
+class LanguageModelLoss(_Metric):
     """Mean loss in nats a token, perplexity, and bits a byte of the text that was predicted."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=str(self.__doc__),
-            citation="",
-            inputs_description="predictions: sum of the losses of some targets in nats; references: how many targets; "
-            "text_bytes: their size in UTF-8.",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("float64"),
-                    "references": datasets.Value("int64"),
-                    "text_bytes": datasets.Value("int64"),
-                }
-            ),
-        )
+    INPUTS = "predictions: sum of the losses of some targets, nats; references: how many targets; text_bytes: their UTF-8 size."
+    FEATURES = {
+        "predictions": datasets.Value("float64"),
+        "references": datasets.Value("int64"),
+        "text_bytes": datasets.Value("int64"),
+    }
 
     def _compute(self, predictions, references, text_bytes) -> dict[str, float]:
         nats, size = math.fsum(predictions), sum(text_bytes)
