@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -170,6 +171,8 @@ def test_workers_of_a_killed_launcher_save_and_stop(tmp_path: Path, fineweb_fold
     arguments = fields(fineweb_folder, folder, max_steps=2000, max_epochs=50, save_every=5)
     process = start(*accelerate_command("2cpu-zero1", *arguments))
     wait_for((folder / "checkpoints" / "step-00000005" / "MANIFEST.json").is_file, process, "checkpoint at step 5")
+    # A pipe that nobody reads would be full before the second run below is refused, and the workers would wait for it.
+    threading.Thread(target=process.stdout.read, daemon=True).start()
     workers = worker_pids(process.pid)
     assert len(workers) >= 2
     # A second run in the same folder has to wait and is refused.
