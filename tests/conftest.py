@@ -60,7 +60,7 @@ HEADER = """# Reliability
 
 What the recipe promises about faults, and what came of causing them. Made by the fault suite itself:
 
-    bash scripts/test.sh -m faults --reliability docs/reliability.md
+    bash scripts/test.sh -m faults --reliability=docs/reliability.md
 
 Each test asserts that its fault has happened, and before a checkpoint is loaded that the state differs from it. The ranks
 are forked from one parent, over gloo, on two cores; rows that name `accelerate launch` or `supervise.sh` start whole programs.
