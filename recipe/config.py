@@ -189,12 +189,18 @@ class FaultConfig:
 class EvaluationConfig:
     eval_every: int = 250
     """Steps between validation losses, which are also taken at step 0 and at the end; 0 takes only those two."""
+    hellaswag_every: int = 0
+    """Steps between evaluations on HellaSwag in the loop, in both styles, with another at the end; 0 for none. The items are
+    those of evaluate_data."""
+    hellaswag_items: int | None = None
+    """First HellaSwag items to take in the loop. Default: all 10,042."""
     sample_every: int = 1000
     """Steps between generated samples, which are also taken at the end; 0 takes only those."""
     evaluate_tasks: str = "hellaswag"
     """lm-evaluation-harness tasks of the finished model, separated by commas; `none` for none."""
     evaluate_data: str | None = None
-    """Local HellaSwag-format JSONL instead of the Hub's; `mini` is the small set in this package."""
+    """Local copy of HellaSwag's items instead of the Hub's, .jsonl or .parquet, a file or a folder; `mini` is the small set in
+    this package."""
     evaluate_limit: int | None = None
     """First items of each task to evaluate. Default: all."""
 
@@ -210,9 +216,10 @@ class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, FaultConf
 
 
 NOT_PART_OF_THE_RUN = frozenset(
-    "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every sample_every evaluate_tasks "
-    "evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size compile kernels max_epochs "
-    "keep_every keep_best max_hours watchdog_seconds on_nonfinite spike_action spike_threshold spike_window".split()
+    "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every hellaswag_every hellaswag_items "
+    "sample_every evaluate_tasks evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size "
+    "compile kernels max_epochs keep_every keep_best max_hours watchdog_seconds on_nonfinite spike_action spike_threshold "
+    "spike_window".split()
 )
 """Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
 
@@ -406,7 +413,8 @@ _AT_LEAST = {
     "weight_decay": 0, "beta1": 0, "beta2": 0, "epsilon": 0, "max_grad_norm": 0, "muon_learning_rate": 0, "muon_momentum": 0,
     "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0, "muon_ns_steps": 1, "batch_tokens": 1, "micro_batch_size": 1,
     "max_steps": 1, "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
-    "sample_every": 0, "evaluate_limit": 1, "keep_every": 0, "watchdog_seconds": 0, "spike_threshold": 1, "spike_window": 8,
+    "hellaswag_every": 0, "hellaswag_items": 1, "sample_every": 0, "evaluate_limit": 1, "keep_every": 0, "watchdog_seconds": 0,
+    "spike_threshold": 1, "spike_window": 8,
 }  # fmt: skip
 _BELOW = {"beta1": 1, "beta2": 1, "muon_momentum": 1, "seed": 2**64}
 

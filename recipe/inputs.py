@@ -11,7 +11,7 @@ import numpy as np
 from recipe.config import Config
 from recipe.data.corpus import Corpus, open_corpora
 from recipe.data.prepared import PreparedCorpus, encoder_for, load_prepared_tokenizer
-from recipe.data.validation import check_length, hold_out, read_validation_rows
+from recipe.data.validation import check_length, count_target_bytes, hold_out, read_validation_rows
 from recipe.distributed import Distributed
 from recipe.plan import Plan
 from recipe.run_folder import RunFolder
@@ -51,6 +51,11 @@ class Inputs:
     @cached_property
     def validation_hash(self) -> str:
         return hashlib.sha256(self.validation_rows.tobytes()).hexdigest()
+
+    @cached_property
+    def validation_bytes(self) -> int:
+        """UTF-8 size of the text that the validation rows' targets stand for."""
+        return count_target_bytes(self.validation_rows, self.tokenizer)
 
     def _obtain_tokenizer(self, training: Corpus, hold_out_part: bool) -> Any:
         if isinstance(training, PreparedCorpus):

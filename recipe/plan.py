@@ -8,6 +8,7 @@ from pathlib import Path
 
 from recipe.config import Config, ConfigError, parse_batch_ramp, parse_config
 from recipe.data.corpus import check_data_exists
+from recipe.evaluation.items import local_files
 
 GPT2_VOCAB_SIZE = 50_257
 VOCAB_MULTIPLE = 128
@@ -200,8 +201,11 @@ def load_run(arguments: list[str], num_processes: int) -> tuple[Config, Plan]:
 
 def _evaluate_data_problems(config: Config) -> list[str]:
     data, problems = config.evaluate_data, []
-    if data not in (None, "mini") and not Path(data).is_file():
-        problems.append(f"evaluate_data: {data} is not a file that exists; give a HellaSwag-format .jsonl, or mini")
+    if data not in (None, "mini"):
+        try:
+            local_files(Path(data))
+        except ConfigError as error:
+            problems += error.problems
     if data is not None and config.evaluate_tasks not in ("hellaswag", "none"):
         problems.append(
             f"evaluate_data: local data stands for hellaswag, not for {config.evaluate_tasks}; set --evaluate_tasks hellaswag"

@@ -7,10 +7,8 @@ import gc
 import json
 import os
 import time
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,54 +18,25 @@ from recipe import checkpoint
 from recipe.config import Config, ConfigError, config_hash, parse_ranges
 from recipe.data.stream import RowStream
 from recipe.distributed import COLLECTIVE_TIMEOUT, Distributed, resolve_precision
-from recipe.engine import Engine, StepResult, make_engine
+from recipe.engine import Engine, make_engine
+from recipe.evaluation.in_loop import InLoopHellaSwag, sample, validate
+from recipe.evaluation.items import read_items
 from recipe.files import write_json
 from recipe.inputs import Inputs
-from recipe.model import build_model, continue_text
+from recipe.model import build_model
 from recipe.monitor.metrics import MetricsLog, format_duration, progress_line
 from recipe.optim.groups import parameter_groups, state_kinds
 from recipe.optim.schedule import hyperparameters
 from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.publish.finish import finish_run
+from recipe.recovery import Recovery, Rollback, TrainingError
 from recipe.rng import gather_rng, restore_rng
 from recipe.run_folder import RunFolder, describe_environment
 from recipe.saving import Saver, check_disk
 from recipe.signals import StopSignals
 from recipe.spikes import SkippedRows, SpikeFinder
+from recipe.steps import Step, Steps, StepTimer
 from recipe.watchdog import Watchdog
-
-SAMPLE_PROMPTS = ("The", "In this example", "Once upon a time")
-SAMPLE_TOKENS = 64
-MAX_SKIPPED_IN_A_ROW = 3
-MAX_ROLLBACKS = 3
-"""Times that a run goes back without having saved behind the place."""
-
-
-class TrainingError(RuntimeError):
-    """The training cannot go on; the message says why and what to do. `rank` is the one at fault, if it is not all."""
-
-    rank: int | None = None
-
-
-@dataclass
-class StepTimer:
-    """Start and end of a step, on the device's clock where there is one, so that timing does not wait for it."""
-
-    cuda: bool
-    marks: list = field(default_factory=list)
-
-    def mark(self) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> float:
-        """Between the two marks; on a GPU the later one must have passed."""
-        start, end = self.marks
-        return start.elapsed_time(end) / 1000 if self.cuda else end - start
 
 
 class Run:
@@ -78,9 +47,7 @@ class Run:
         self.config, self.plan, self.folder, self.signals, self._started = config, plan, folder, signals, started
         self.step = 0
         """Optimizer steps done."""
-        self._pending: list[tuple[dict[str, Any], StepResult, StepTimer]] = []
-        self._not_finite: list[dict[str, Any]] = []
-        self._rollbacks, self._rolled_back_from = 0, 0
+        self._recovery = Recovery(config)
         self._lineage: list[int] = []
         self._compiled = False
         self._validated: tuple[int, float] | None = None
@@ -149,8 +116,12 @@ class Run:
             # locked, only when the input has proved good.
             distributed.on_main(self.folder.lock)
         self.precision = resolve_precision(config.precision, distributed.cuda)
+        self.hellaswag = None
+        items = distributed.on_main(read_items, config.evaluate_data, config.hellaswag_items) if config.hellaswag_every else []
         self.inputs = Inputs(config, self.plan, self.folder, distributed)
-        self.tokenizer, self.validation_rows = self.inputs.tokenizer, self.inputs.validation_rows
+        self.tokenizer = self.inputs.tokenizer
+        if items:
+            self.hellaswag = InLoopHellaSwag(items, self.tokenizer, config)
         self.encoder = self.inputs.vocab_encoder
         self.say(self.inputs.summary)
         distributed.on_main(check_disk, self.folder.checkpoints, config, self.plan, self.encoder.vocab_size)
@@ -177,6 +148,7 @@ class Run:
                 f"optimizer: {start.path} holds the state of {theirs}, not of {config.optimizer}; set optimizer {theirs}"
             )
         self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
+        self._steps = Steps(self.plan, flops_per_token(config, self.encoder.vocab_size), self._peak_flops(), distributed)
         self.best_val_loss = float("inf")
         self._restore_history(state)
         if start:
@@ -195,7 +167,8 @@ class Run:
     def _open_stream(self, state: dict | None) -> None:
         """The rows from a checkpoint's state on, without what the user or a rollback has ruled out."""
         config = self.config
-        recorded = self.distributed.on_main(SkippedRows(self.folder.skipped_rows).left_out)
+        self._skipped_rows = SkippedRows(self.folder.skipped_rows)
+        recorded = self.distributed.on_main(self._skipped_rows.left_out)
         self._left_out = sorted({*recorded, *((a, b) for a, b in (state or {}).get("left_out", ()))})
         try:
             self.stream = RowStream(
@@ -285,6 +258,8 @@ class Run:
             new = step > first or step == 0  # what a continued run did at this step before is not done again
             if new and (last or _due(step, self.config.eval_every) or step == 0):
                 self._validate(step)
+            if new and step and self.hellaswag and (last or _due(step, self.config.hellaswag_every)):
+                self._evaluate_hellaswag(step)
             if new and (last or (step and _due(step, self.config.sample_every))):
                 self._sample(step)
             if new and step and save:
@@ -337,94 +312,44 @@ class Run:
         self._compiled = True
         timer.mark()
         self.step = step + 1
-        record = {
-            "step": step + 1,
-            "tokens": self.plan.tokens_after(step + 1),
-            "lr": values.learning_rate,
-            "waited": waited,
-            "rows": [first_row, self.stream.rows - 1],
-        }
-        self._pending.append((record, result, timer))
+        rows = first_row, self.stream.rows - 1
+        self._steps.add(Step(self.step, rows, waited, values.learning_rate, result, timer))
 
     def _write_pending(self) -> bool:
-        """Look at the steps since the last look: the one place where the host waits for the device. Whether the run went back
-        to an earlier step because of what it saw."""
+        """Look at the steps since the last look. Whether the run went back to an earlier step because of what it saw."""
         self._report_save()
-        if not self._pending:
-            return False
         self.watchdog.enter("log", self.step)
-        columns = torch.stack([torch.stack([r.loss, r.grad_norm, r.skipped, r.limit_or_inf()]) for _, r, _ in self._pending])
-        losses = self.distributed.mean(columns[:, 0].clone()).tolist()
-        lines, spikes = [], []
-        for (record, _, timer), loss, (norm, skipped, limit) in zip(
-            self._pending, losses, columns[:, 1:].tolist(), strict=True
-        ):
-            seconds = timer.seconds()
-            waited, rows = record.pop("waited"), record.pop("rows")
-            spike = loss > limit
-            offending = {"step": record["step"], "rows": rows, "loss": loss if np.isfinite(loss) else None}
-            if spike:
-                spikes.append(offending | {"reason": "spike", "limit": limit})
-            self._not_finite = [*self._not_finite, offending | {"reason": "not finite"}] if skipped and not spike else []
-            speed = self.plan.tokens_at(record["step"] - 1) / seconds
-            line = {
-                "step": record["step"],
-                "tokens": record["tokens"],
-                "train_loss": loss,
-                "lr": record["lr"],
-                "grad_norm": norm,
-                "tokens_per_second": speed,
-                "step_seconds": seconds,
-                "data_wait_fraction": min(1.0, waited / seconds),
-                "mfu": self._mfu(speed),
-                "skipped": int(skipped),
-            }
-            lines.append(line)
-            if len(self._not_finite) == MAX_SKIPPED_IN_A_ROW:
-                break
+        taken = self._steps.read()
+        if not taken:
+            return False
+        steps, rollback = self._recovery.examine(taken, self._skipped_rows if self.distributed.is_main else None)
+        lines = [self._steps.line(step) for step in steps]
         self.metrics.write(lines)
-        self._pending = []
         gc.collect()
         recent = float(np.median([line["tokens_per_second"] for line in lines]))
         left = (self.plan.total_tokens - lines[-1]["tokens"]) / recent
         self.say(progress_line(lines[-1], self.plan.max_steps, left))
+        for step in steps:
+            if step.is_spike:
+                self.say(f"step {step.number} | spike: loss {step.loss:.4f} above {step.limit:.4f}, rows {list(step.rows)}")
         self._record_position(lines[-1]["step"])
         if self.distributed.is_main:
             self.folder.status("running", None, lines[-1]["step"], lines[-1]["tokens"])
-        return self._act_on(spikes)
+        if rollback is None:
+            return False
+        self._roll_back(rollback)
+        return True
 
-    def _act_on(self, spikes: list[dict[str, Any]]) -> bool:
-        """What the configuration says about steps that went wrong; whether the run went back."""
-        if len(self._not_finite) >= MAX_SKIPPED_IN_A_ROW:
-            bad, self._not_finite = self._not_finite, []
-            reason = f"the gradient was not finite in {len(bad)} steps in a row up to step {bad[-1]['step']}"
-            if self.config.on_nonfinite == "stop":
-                raise TrainingError(
-                    f"{reason}; the weights are as before them. Continue from the last checkpoint with a lower learning_rate"
-                )
-            self._roll_back(bad, reason)
-            return True
-        for spike in spikes:
-            self.say(f"step {spike['step']} | spike: loss {spike['loss']:.4f} above {spike['limit']:.4f}, rows {spike['rows']}")
-        if spikes and self.config.spike_action == "rollback":
-            self._roll_back(spikes, f"the loss of step {spikes[0]['step']} is a spike")
-            return True
-        if spikes and self.distributed.is_main:
-            SkippedRows(self.folder.skipped_rows).add([spike | {"action": "skip"} for spike in spikes])
-        return False
-
-    def _roll_back(self, bad: list[dict[str, Any]], reason: str) -> None:
-        """Go back to the newest checkpoint before the steps in `bad`, and leave out their rows from now on."""
+    def _roll_back(self, rollback: Rollback) -> None:
+        self._recovery.rolls_back(rollback)
         self.saver.wait()
-        self._rollbacks, self._rolled_back_from = self._rollbacks + 1, bad[-1]["step"]
-        if self._rollbacks > MAX_ROLLBACKS:
-            raise TrainingError(f"{reason}, {MAX_ROLLBACKS} rollbacks did not get beyond it; lower the learning_rate")
-        found, _ = self.distributed.on_main(checkpoint.find_newest, self.folder.checkpoints, bad[0]["step"] - 1)
+        reason, bad = rollback.reason, rollback.bad
+        found, _ = self.distributed.on_main(checkpoint.find_newest, self.folder.checkpoints, rollback.last_good_step)
         if found is None:
             raise TrainingError(f"{reason}, and there is no checkpoint before step {bad[0]['step']} to go back to")
 
         def record() -> None:
-            SkippedRows(self.folder.skipped_rows).add([one | {"action": "rollback", "to_step": found.step} for one in bad])
+            self._skipped_rows.add([one | {"action": "rollback", "to_step": found.step} for one in bad])
             self._set_aside(found)
 
         self.distributed.on_main(record)
@@ -444,50 +369,42 @@ class Run:
             with open(self.folder.positions, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": step, "fingerprint": self.stream.fingerprint, **position}) + "\n")
 
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        peak = peak_flops(torch.cuda.get_device_name()) if self.distributed.cuda else None
-        if peak is None:
-            return None
-        flops = flops_per_token(self.config, self.encoder.vocab_size)
-        return tokens_per_second * flops / (peak * self.plan.num_processes)
+    def _peak_flops(self) -> float | None:
+        return peak_flops(torch.cuda.get_device_name()) if self.distributed.cuda else None
 
     # --- periodic work --------------------------------------------------------------------------------------------
 
     def _validate(self, step: int) -> None:
         began = time.perf_counter()
-        rank, ranks, size = self.distributed.rank, self.distributed.num_ranks, self.config.micro_batch_size
-        own = self.validation_rows[rank::ranks]
-        total = torch.zeros(2, dtype=torch.float64, device=self.distributed.device)
-        for start in range(0, len(own), size):
-            self.watchdog.enter("validate" if start else "first step", step)  # the first may compile
-            rows = own[start : start + size]
-            count = len(rows)
-            if count < size:
-                # One shape for all batches: a compiled model must not be compiled again for the last.
-                rows = np.concatenate([rows, np.repeat(rows[:1], size - count, axis=0)])
-            losses = self.engine.losses(self.distributed.to_device(rows))[:count]
-            total[0] += losses.double().sum()
-            total[1] += losses.numel()
-        total = self.distributed.mean(total)
-        loss = float(total[0] / total[1])
-        self.best_val_loss = min(self.best_val_loss, loss)
-        self._validated = step, loss
-        self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), "val_loss": loss}])
-        self.say(f"step {step} | validation loss {loss:.4f} | {format_duration(time.perf_counter() - began)}")
+        size = self.config.micro_batch_size
+        found = validate(self.engine, self.inputs, size, self.distributed, self.watchdog, step)
+        self.best_val_loss = min(self.best_val_loss, found["val_loss"])
+        self._validated = step, found["val_loss"]
+        self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), **found}])
+        self.say(
+            f"step {step} | validation loss {found['val_loss']:.4f} | {found['val_bits_per_byte']:.4f} bits a byte | "
+            f"{format_duration(time.perf_counter() - began)}"
+        )
+
+    def _evaluate_hellaswag(self, step: int) -> None:
+        began = time.perf_counter()
+        self.watchdog.enter("evaluate", step)
+        found = self.hellaswag.evaluate(self.engine.model, self.distributed)
+        self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), **found}])
+        cut = f" | {found['hellaswag_truncated']} inputs cut" if found["hellaswag_truncated"] else ""
+        self.say(
+            f"step {step} | HellaSwag acc {found['hellaswag_acc']:.4f}, acc_norm {found['hellaswag_acc_norm']:.4f} (lm-eval), "
+            f"acc_norm {found['hellaswag_completion_acc_norm']:.4f} (completion), {found['hellaswag_n']} items{cut} | "
+            f"{format_duration(time.perf_counter() - began)}"
+        )
 
     def _sample(self, step: int) -> None:
         self.watchdog.enter("sample", step)
         if self.distributed.is_main:
-            samples = []
-            for n, prompt in enumerate(SAMPLE_PROMPTS):
-                ids = self.tokenizer(prompt)["input_ids"]
-                new = continue_text(
-                    self.engine.model.gpt2, self.encoder.vocab_size, ids, SAMPLE_TOKENS, seed=self.config.seed + n
-                )
-                samples.append({"prompt": prompt, "continuation": self.tokenizer.decode(new)})
+            samples = sample(self.engine.model, self.tokenizer, self.encoder.vocab_size, self.config.seed)
             write_json(self.folder.evaluation / f"samples-step-{step:08d}.json", {"step": step, "samples": samples})
-            for sample in samples:
-                self.say(f"  sample: {sample['prompt']}{sample['continuation']!r}")
+            for one in samples:
+                self.say(f"  sample: {one['prompt']}{one['continuation']!r}")
         self.distributed.barrier()
 
     def _save(self, step: int) -> None:
@@ -516,8 +433,7 @@ class Run:
             "lineage": self._lineage,
         }
         self.saver.save(step, self.engine, state, about, rng)
-        if step > self._rolled_back_from:
-            self._rollbacks = 0
+        self._recovery.saved(step)
 
     def _finish_saving(self) -> None:
         self.watchdog.enter("save", self.step)

@@ -1,115 +1,255 @@
-"""HellaSwag in both styles: scores that are known beforehand, and log-likelihoods made by hand."""
+"""HellaSwag in the loop and its scoring: against hand-made numbers, lm-evaluation-harness, and any number of ranks."""
 
 from __future__ import annotations
 
 import json
+import math
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import make_documents
-from launch import ROOT
-from recipe.config import Config
+from launch import TINY, launch, losses, metrics, options
+from recipe.config import Config, ConfigError
 from recipe.distributed import Distributed
-from recipe.evaluation.hellaswag import STYLES, HellaSwag
-from recipe.evaluation.metrics import LanguageModelLoss, compute
+from recipe.evaluation.hellaswag import HellaSwag
+from recipe.evaluation.in_loop import InLoopHellaSwag
+from recipe.evaluation.items import MINI, read_items
+from recipe.evaluation.metrics import LanguageModelLoss, MultipleChoiceAccuracy, compute
 from recipe.evaluation.scoring import Request, causal_losses, evaluating, score, training_losses
 from recipe.model import build_model
 from recipe.tokenizer import train_tokenizer
 
-POSITIONS = 320
-
 
 @pytest.fixture(scope="module")
 def items() -> list[dict]:
-    lines = (ROOT / "recipe" / "evaluation" / "hellaswag_mini.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_items("mini")
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(make_documents(50), 400)
+def tokenizer(items):
+    return train_tokenizer([f"{item['ctx']} {ending}" for item in items for ending in item["endings"]], 600)
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    model = build_model(Config(n_layer=2, n_head=2, n_embd=32, n_positions=POSITIONS), len(tokenizer), 0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5)  # far from uniform
-        model.gpt2.transformer.wte.weight[len(tokenizer) :] = 0
-    return model
-
-
-@pytest.fixture(scope="module")
-def alone() -> Distributed:
+def distributed() -> Distributed:
     return Distributed()
 
 
-def fixed(value) -> callable:
-    """A model whose loss of a target is a function of its id."""
-    return lambda ids, rows, columns, targets: value(targets)
+@pytest.fixture(scope="module")
+def model(tokenizer) -> GPT2LMHeadModel:
+    """Random weights large enough for confident predictions."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 256, "initializer_range": 0.3}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).eval()
 
 
-@pytest.mark.parametrize(("sign", "accuracy"), [(1.0, 1.0), (-1.0, 0.0)])
-def test_an_oracle_is_always_right_and_its_opposite_never(items, tokenizer, alone, sign: float, accuracy: float) -> None:
-    for scores in HellaSwag(items, tokenizer).score(fixed(lambda t: t.float()), POSITIONS, 4096, alone).values():
-        scores.log_likelihoods[:] = -1e3
-        scores.log_likelihoods[np.arange(len(items)), scores.labels] += sign * 999
-        result = scores.metrics()
-        assert (result["n"], result["acc"], result["acc_norm"]) == (len(items), accuracy, accuracy)
+def by_hand(model: GPT2LMHeadModel, context: list[int], ending: list[int]) -> float:
+    """The log-likelihood of an ending, in fp64, alone in its batch."""
+    with torch.no_grad():
+        log_probabilities = model.double()(torch.tensor([context + ending])).logits[0].log_softmax(-1)
+    model.float()
+    return sum(float(log_probabilities[len(context) + n - 1, token]) for n, token in enumerate(ending))
 
 
-def test_equal_probabilities_score_what_the_lengths_give(items, tokenizer, alone) -> None:
-    scores = HellaSwag(items, tokenizer).score(fixed(lambda t: torch.ones(len(t))), POSITIONS, 4096, alone)
-    tokens = -scores["lm-eval"].log_likelihoods  # a nat a token
-    characters = np.array([[len(ending) for ending in item["endings"]] for item in items])
-    labels = np.array([item["label"] for item in items], dtype=int)
-    assert scores["lm-eval"].metrics()["acc"] == np.mean(tokens.argmin(1) == labels)
-    assert scores["lm-eval"].metrics()["acc_norm"] == np.mean((tokens / characters).argmin(1) == labels)
-    # A nat for each token of every ending: all are equally good, and the first is taken.
-    assert scores["completion"].metrics()["acc_norm"] == np.mean(labels == 0)
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_log_likelihoods_are_those_made_by_hand(items, tokenizer, model, alone, style: str) -> None:
-    hellaswag = HellaSwag(items[:20], tokenizer)
+def test_log_likelihoods_of_20_items_by_hand(items, tokenizer, model, distributed) -> None:
     with evaluating(model):
-        scores = hellaswag.score(training_losses(model), POSITIONS, 2048, alone)[style]
-        for n, request in enumerate(hellaswag._asked[style][0]):
-            logits = model.gpt2(torch.tensor([request.tokens])).logits[0, :, : model.vocab_size].double()
-            by_token = logits.log_softmax(-1)
-            hand = sum(float(by_token[i - 1, request.tokens[i]]) for i in range(request.start, len(request.tokens)))
-            assert scores.log_likelihoods[n // 4, n % 4] == pytest.approx(hand, abs=1e-4)
-    assert scores.truncated == 0 and np.ptp(scores.log_likelihoods) > 1
+        found = HellaSwag(items[:20], tokenizer).score(causal_losses(model), 256, 2048, distributed)
+    for n, item in enumerate(items[:20]):
+        for k, ending in enumerate(item["endings"]):
+            opening = item["ctx_b"][:1].upper() + item["ctx_b"][1:]
+            query = f"{item['activity_label']}: {item['ctx_a']} {opening}".strip()
+            start = tokenizer.encode(query)
+            expected = by_hand(model, start, tokenizer.encode(f"{query} {ending}")[len(start) :])
+            assert found["lm-eval"].log_likelihoods[n, k] == pytest.approx(expected, abs=1e-4)
+            assert found["lm-eval"].lengths[n, k] == len(ending)
+            own = tokenizer.encode(f" {ending}")
+            expected = by_hand(model, tokenizer.encode(item["ctx"]), own)
+            assert found["completion"].log_likelihoods[n, k] == pytest.approx(expected, abs=1e-4)
+            assert found["completion"].lengths[n, k] == len(own)
 
 
-def test_any_model_scores_as_the_model_in_training(items, tokenizer, model, alone) -> None:
-    hellaswag = HellaSwag(items[:8], tokenizer)
-    padded = model.gpt2.lm_head.weight.shape[0]
-    assert padded > model.vocab_size
-    mode = [module.training for module in model.modules()]
+def test_oracle_and_anti_oracle(items, tokenizer, distributed) -> None:
+    """A model that knows which endings are right, through the whole path: requests, batches, metric."""
+    for right, expected in ((0.0, 1.0), (9.0, 0.0)):
+        for style in ("lm-eval", "completion"):
+            asked = HellaSwag(items, tokenizer, (style,))
+            known = {}
+            requests, _ = asked._asked[style]
+            for n, request in enumerate(requests):
+                known[tuple(request.tokens[:-1])] = right if n % 4 == items[n // 4]["label"] else 9.0 - right
+
+            def model(ids, rows, columns, targets, known=known):
+                # A row is padded with zeros, so the request is the longest beginning of it that is known.
+                tokens = [tuple(row) for row in ids.tolist()]
+                values = [next(known[t[:n]] for n in range(len(t), 0, -1) if t[:n] in known) for t in tokens]
+                return torch.tensor(values)[rows]
+
+            numbers = asked.score(model, 256, 2048, distributed)[style].metrics()
+            assert (numbers["acc"], numbers["acc_norm"], numbers["n"]) == (expected, expected, 64)
+
+
+def test_random_scores_lie_at_chance(items) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=10_042)
+    numbers = compute(
+        MultipleChoiceAccuracy, predictions=rng.normal(size=(10_042, 4)), lengths=np.ones((10_042, 4)), references=labels
+    )
+    for name in ("acc", "acc_norm"):
+        assert abs(numbers[name] - 0.25) < 2 * numbers[f"{name}_stderr"]
+    assert numbers["acc_stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 10_042), rel=0.02)
+
+
+def test_equal_probability_per_token_scores_what_the_counts_give(items, tokenizer, model, distributed) -> None:
+    uniform = GPT2LMHeadModel(model.config).eval()
+    with torch.no_grad():
+        for parameter in uniform.parameters():
+            parameter.zero_()
+    with evaluating(uniform):
+        found = HellaSwag(items, tokenizer).score(causal_losses(uniform), 256, 2048, distributed)
+    fewest, cheapest = [], []
+    for item in items:
+        opening = item["ctx_b"][:1].upper() + item["ctx_b"][1:]
+        query = f"{item['activity_label']}: {item['ctx_a']} {opening}".strip()
+        tokens = [len(tokenizer.encode(f"{query} {e}")) - len(tokenizer.encode(query)) for e in item["endings"]]
+        fewest.append(tokens.index(min(tokens)) == item["label"])
+        rates = [count / len(e) for count, e in zip(tokens, item["endings"], strict=True)]
+        cheapest.append(rates.index(min(rates)) == item["label"])
+    numbers = found["lm-eval"].metrics()
+    assert numbers["acc"] == np.mean(fewest) and numbers["acc_norm"] == np.mean(cheapest)
+    # A mean over tokens is the same for all endings.
+    means = found["completion"].log_likelihoods / found["completion"].lengths
+    assert means == pytest.approx(-math.log(len(tokenizer)), abs=1e-5)
+
+
+def test_in_loop_and_harness_agree_to_the_item(items, tokenizer, tmp_path: Path, distributed) -> None:
+    from recipe.evaluation.harness import run_harness
+
+    config = Config(n_layer=2, n_head=2, n_embd=32, sequence_length=256, n_positions=256, micro_batch_size=8)
+    trained = build_model(config, len(tokenizer), tokenizer.eos_token_id)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(10)  # away from chance
+        trained.gpt2.transformer.wte.weight[len(tokenizer) :] = 0
+    in_loop = InLoopHellaSwag(items, tokenizer, config)
+    with evaluating(trained):
+        scores = in_loop._set.score(training_losses(trained), 256, 2048, distributed)["lm-eval"]
+    export = GPT2LMHeadModel(GPT2Config(**{**trained.gpt2.config.to_dict(), "vocab_size": len(tokenizer)}))
+    weights = trained.gpt2.state_dict()
+    cut = {name: tensor[: len(tokenizer)] for name, tensor in weights.items() if tensor.shape[0] == 640}
+    export.load_state_dict(weights | cut)
+    export.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    results = run_harness(str(tmp_path / "model"), ["hellaswag"], data="mini", task_folder=tmp_path / "tasks")
+    harness = results["items"]["hellaswag"]
+    assert [item["doc_id"] for item in harness] == list(range(64))
+    theirs = np.array([item["log_likelihoods"] for item in harness])
+    assert theirs == pytest.approx(scores.log_likelihoods, abs=1e-3)
+    assert np.array_equal(theirs.argmax(1), scores.log_likelihoods.argmax(1))
+    numbers = in_loop.evaluate(trained, distributed)
+    assert numbers["hellaswag_acc"] == results["tasks"]["hellaswag"]["acc"]
+    assert numbers["hellaswag_acc_norm"] == results["tasks"]["hellaswag"]["acc_norm"]
+
+
+def test_longer_inputs_are_cut_from_the_left_and_counted(model, distributed) -> None:
+    rng = random.Random(0)
+    tokens = [rng.randrange(500) for _ in range(300)]
     with evaluating(model):
-        ours = hellaswag.score(training_losses(model), POSITIONS, 2048, alone)
-        model.gpt2.resize_token_embeddings(model.vocab_size)
-        theirs = hellaswag.score(causal_losses(model.gpt2), POSITIONS, 300, alone)
-        model.gpt2.resize_token_embeddings(padded)
-    for style in STYLES:
-        np.testing.assert_allclose(ours[style].log_likelihoods, theirs[style].log_likelihoods, atol=1e-4)
-    assert [module.training for module in model.modules()] == mode
-
-
-def test_what_is_too_long_is_cut_from_the_left_and_counted(model, alone) -> None:
-    tokens = list(np.random.default_rng(0).integers(0, model.vocab_size, POSITIONS + 11))
-    with evaluating(model):
-        (cut, whole), truncated = score(
-            [Request(tokens, POSITIONS), Request(tokens[10:], POSITIONS - 10)], training_losses(model), POSITIONS, 1024, alone
+        (whole, cut), truncated = score(
+            [Request(tokens[300 - 257 :], 250), Request(tokens, 293)], causal_losses(model), 256, 512, distributed
         )
-    assert truncated == 1 and cut == pytest.approx(whole, abs=1e-5)
+    assert truncated == 1 and whole == pytest.approx(cut, abs=1e-4)
 
 
-def test_loss_perplexity_and_bits_per_byte() -> None:
-    result = compute(LanguageModelLoss, predictions=[6.0, 2.0], references=[3, 1], text_bytes=[10, 6])
-    assert result["loss"] == pytest.approx(2.0) and result["perplexity"] == pytest.approx(np.exp(2.0))
-    assert result["bits_per_byte"] == pytest.approx(8 / np.log(2) / 16)
+def test_modes_and_generators_stay(items, tokenizer, distributed) -> None:
+    config = Config(n_layer=1, n_head=1, n_embd=16, n_positions=256, sequence_length=64, micro_batch_size=8)
+    model = build_model(config, len(tokenizer), tokenizer.eos_token_id).train()
+    model.gpt2.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    InLoopHellaSwag(items[:8], tokenizer, config).evaluate(model, distributed)
+    assert [module.training for module in model.modules()] == modes
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+
+
+def test_language_model_loss() -> None:
+    numbers = compute(LanguageModelLoss, predictions=[8.0, 2.0], references=[3, 2], text_bytes=[10, 10])
+    assert numbers["loss"] == 2.0 and numbers["perplexity"] == pytest.approx(math.exp(2))
+    assert numbers["bits_per_byte"] == pytest.approx(10 / math.log(2) / 20)
+
+
+# --- where items come from --------------------------------------------------------------------------------------------
+
+
+def test_jsonl_parquet_and_folders_hold_the_same_items(items, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(items), tmp_path / "a.parquet")
+    (tmp_path / "parts").mkdir()
+    lines = MINI.read_text().splitlines(keepends=True)
+    (tmp_path / "parts" / "0.jsonl").write_text("".join(lines[:40]))
+    (tmp_path / "parts" / "1.jsonl").write_text("".join(lines[40:]))
+    assert read_items(str(tmp_path / "a.parquet")) == read_items(str(tmp_path / "parts")) == items
+    assert read_items(str(tmp_path / "parts"), 41) == items[:41]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "no items"),
+        ("nonsense", "cannot be read"),
+        ('{"ctx": "A"}', "has no activity_label"),
+        (json.dumps(dict.fromkeys(["activity_label", "ctx_a", "ctx_b", "ctx"], "x") | {"endings": ["a"], "label": 0}), "label"),
+    ],
+)
+def test_other_files_are_refused(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        read_items(str(tmp_path / "x.jsonl"))
+
+
+def test_without_the_hub_the_error_says_what_to_do(monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(ConfigError, match="no route; give a copy with --evaluate_data"):
+        read_items(None)
+
+
+# --- in a run -----------------------------------------------------------------------------------------------------------
+
+RUN = TINY | {"n_positions": 256, "precision": "fp32", "max_steps": 6, "warmup_steps": 2, "eval_every": 3}
+LOOP = {"hellaswag_every": 3, "evaluate_data": "mini", "hellaswag_items": 40}
+FIELDS = ("hellaswag_acc", "hellaswag_acc_norm", "hellaswag_completion_acc_norm", "hellaswag_n")
+
+
+def evaluations(run: Path) -> list[tuple]:
+    return [(r["step"], *(r[name] for name in FIELDS)) for r in metrics(run) if "hellaswag_acc" in r]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, fineweb_folder) -> Path:
+    folder = tmp_path_factory.mktemp("loop") / "one"
+    launch("cpu", *options(**(RUN | LOOP | {"data": fineweb_folder, "output_dir": folder})))
+    return folder
+
+
+def test_the_loop_evaluates_and_trains_on_undisturbed(one_process: Path, tmp_path: Path, fineweb_folder: Path) -> None:
+    launch("cpu", *options(**(RUN | {"data": fineweb_folder, "output_dir": tmp_path / "off"})))
+    assert losses(one_process) == losses(tmp_path / "off")
+    assert [(e[0], e[-1]) for e in evaluations(one_process)] == [(3, 40), (6, 40)]
+    validation = [r for r in metrics(one_process) if "val_loss" in r]
+    assert validation == [r for r in metrics(tmp_path / "off") if "val_loss" in r]
+    for record in validation:
+        assert 0 < record["val_bits_per_byte"] < record["val_loss"] / math.log(2)  # a token is at least a byte
+
+
+def test_two_ranks_and_compiled_give_the_same_to_the_item(one_process: Path, tmp_path: Path, fineweb_folder: Path) -> None:
+    for name, machine, more in (("two", "2cpu-ddp", {}), ("compiled", "cpu", {"compile": True})):
+        folder = tmp_path / name
+        launch(machine, *options(**(RUN | LOOP | more | {"data": fineweb_folder, "output_dir": folder})))
+        assert evaluations(folder) == evaluations(one_process)

@@ -301,12 +301,12 @@ def test_an_endless_warmup_is_a_problem_not_a_crash(value):
 def test_evaluate_data_must_be_a_file(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a.jsonl").write_text("{}\n")
+    (tmp_path / "folder" / "a.txt").write_text("{}\n")
     (problem,) = load_problems("--max_steps", "1000", "--evaluate_data", value)
     assert problem.startswith(f"evaluate_data: {value} ") and "jsonl" in problem and "USER/NAME" not in problem
 
 
-@pytest.mark.parametrize("value", ["mini", "items.jsonl"])
+@pytest.mark.parametrize("value", ["mini", "items.jsonl", "."])
 def test_evaluate_data_that_is_there(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "items.jsonl").write_text("{}\n")

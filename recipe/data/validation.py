@@ -6,6 +6,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,18 @@ def _take_rows(
     tokens = np.concatenate(parts)[: count * sequence_length + 1]
     windows = np.lib.stride_tricks.sliding_window_view(tokens, sequence_length + 1)[::sequence_length]
     return np.ascontiguousarray(windows), *end
+
+
+def count_target_bytes(rows: np.ndarray, tokenizer: Any) -> int:
+    """Size in UTF-8 of the text that the targets of rows [rows, sequence_length + 1] stand for; special tokens have none."""
+    counts = np.bincount(rows[:, 1:].ravel(), minlength=len(tokenizer))
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+    if tokenizer.backend_tokenizer.decoder is not None and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
+        # One printable character stands for each byte, so that characters cut in two between tokens count as well.
+        sizes = np.array([0 if n in special else len(token) for n, token in enumerate(tokens)])
+        return int(counts @ sizes)
+    return sum(len(text.encode()) for text in tokenizer.batch_decode(rows[:, 1:].tolist(), skip_special_tokens=True))
 
 
 def count_tokens(corpus: Corpus, encoder: Encoder) -> tuple[int, bool]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,7 @@ import numpy as np
 import torch
 
 from recipe.config import ConfigError
-
-MINI = Path(__file__).with_name("hellaswag_mini.jsonl")
-"""64 items in HellaSwag's format, written for this project: a check that the evaluation runs, not a benchmark."""
+from recipe.evaluation.items import MINI, local_files
 
 
 def run_harness(
@@ -58,7 +58,7 @@ def run_harness(
     with _untouched_rng():
         lm = _counting_model(model, device, batch_size)
         results = simple_evaluate(
-            model=lm, tasks=tasks, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
+            model=lm, tasks=tasks, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
         )
     command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={model}", "--tasks", ",".join(tasks)]
     command += ["--device", device, "--batch_size", str(batch_size)]
@@ -70,15 +70,43 @@ def run_harness(
                 "n": results["n-samples"][task]["effective"],
                 **{k.removesuffix(",none"): v for k, v in numbers.items() if isinstance(v, int | float)},
                 "version": results["versions"].get(task),
+                "hash": _task_hash(results["samples"].get(task, ())),
             }
             for task, numbers in results["results"].items()
         },
+        "items": {task: _per_item(samples) for task, samples in results["samples"].items()},
         "data": items and items.name,
         "limit": limit,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "truncated": lm.truncated,
         "command": shlex.join(command),
     }
+
+
+def _task_hash(samples: Sequence[dict[str, Any]]) -> str:
+    """As lm-evaluation-harness' tracker computes it: of the documents, prompts and targets."""
+    parts = (sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _per_item(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a task that compares log-likelihoods, those of each item; of any other, the metrics alone."""
+    return [
+        {
+            "doc_id": sample["doc_id"],
+            "doc_hash": sample["doc_hash"],
+            "target": sample["target"],
+            **{name: sample[name] for name in sample["metrics"] if isinstance(sample.get(name), int | float)},
+            **_log_likelihoods(sample["filtered_resps"]),
+        }
+        for sample in samples
+    ]
+
+
+def _log_likelihoods(responses: Sequence[Any]) -> dict[str, list[float]]:
+    if not all(isinstance(response, tuple | list) and len(response) == 2 for response in responses):
+        return {}
+    return {"log_likelihoods": [float(log_likelihood) for log_likelihood, _ in responses]}
 
 
 def _counting_model(model: str, device: str, batch_size: int):
@@ -102,17 +130,17 @@ def _write_task(folder: Path, data: Path) -> None:
     """A task `hellaswag` that differs from the harness's own in where its items come from."""
     import lm_eval.tasks
 
-    if not data.is_file():
-        raise ConfigError(f"evaluate_data: {data} does not exist; give a HellaSwag-format .jsonl")
+    files = local_files(data)
+    kind = "json" if files[0].suffix == ".jsonl" else "parquet"
     own = Path(lm_eval.tasks.__file__).parent / "hellaswag" / "hellaswag.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "hellaswag.yaml").write_text(
         f"include: {own}\n"
         "task: hellaswag\n"
-        "dataset_path: json\n"
+        f"dataset_path: {kind}\n"
         "dataset_kwargs:\n"
         "  data_files:\n"
-        f"    validation: {data.resolve()}\n"
+        f"    validation: {json.dumps([str(file.resolve()) for file in files])}\n"
         "training_split: null\n",
         encoding="utf-8",
     )
