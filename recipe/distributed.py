@@ -49,6 +49,15 @@ class Distributed:
             dist.init_process_group("nccl" if self.cuda else "gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
         self._cpu_group = dist.new_group(backend="gloo") if self.num_ranks > 1 and self.cuda else None
 
+    @classmethod
+    def alone(cls) -> Distributed:
+        """For one process by itself, whatever launched it: no group is made or left."""
+        one = cls.__new__(cls)
+        one.waiting, one.deepspeed, one.cuda = False, False, torch.cuda.is_available()
+        one.rank, one.num_ranks, one._cpu_group = 0, 1, None
+        one.device = torch.device("cuda", torch.cuda.current_device()) if one.cuda else torch.device("cpu")
+        return one
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

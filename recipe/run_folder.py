@@ -195,3 +195,17 @@ def _driver_version() -> str | None:
         return pynvml.nvmlSystemGetDriverVersion()
     except Exception:  # no package, no driver, no permission: the record stays without it
         return None
+
+
+def model_of(model_or_run: str) -> str:
+    """What transformers can load: the export of a run folder, else the name as it is.
+
+    Raises:
+        ConfigError: for a run without an export.
+    """
+    folder = RunFolder(Path(model_or_run))
+    if not folder.config.is_file():
+        return model_or_run
+    if not (folder.export / "config.json").is_file():
+        raise ConfigError(f"{model_or_run} has no export yet; let the run finish")
+    return str(folder.export)

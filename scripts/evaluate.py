@@ -1,8 +1,10 @@
 """Evaluate a model or a run with lm-evaluation-harness.
 
 python scripts/evaluate.py runs/gpt2-124m --tasks hellaswag             a run: its export; results go to RUN/eval
-python scripts/evaluate.py openai-community/gpt2 --tasks hellaswag --output gpt2.json
-options: --data FILE.jsonl|mini (HellaSwag format, instead of the Hub's)  --limit N  --batch_size N  --output FILE
+python scripts/evaluate.py openai-community/gpt2 --tasks hellaswag,hellaswag_completion --output gpt2.json
+accelerate launch --config_file configs/accelerate/2cpu-ddp.yaml scripts/evaluate.py ...      on several devices
+
+tasks: any of lm-evaluation-harness, and hellaswag_completion, the same items in llm.c's style
 """
 
 import argparse
@@ -20,10 +22,12 @@ def main() -> int:
     )
     parser.add_argument("model", metavar="MODEL_OR_RUN")
     parser.add_argument("--tasks", default="hellaswag")
-    parser.add_argument("--data")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--data_dir", help="a local copy of HellaSwag's items, .jsonl or .parquet, a file or a folder; mini for 64 of our own"
+    )
+    parser.add_argument("--limit", type=int, help="first items of each task")
+    parser.add_argument("--batch_size", type=int, default=32, help="inputs a device takes at a time")
+    parser.add_argument("--output", type=Path, help="where to write the results, with every item's log-likelihoods, as JSON")
     arguments = parser.parse_args()
 
     from recipe.config import ConfigError
@@ -33,7 +37,7 @@ def main() -> int:
         evaluate_model(
             arguments.model,
             arguments.tasks.split(","),
-            data=arguments.data,
+            data=arguments.data_dir,
             limit=arguments.limit,
             batch_size=arguments.batch_size,
             output=arguments.output,

@@ -138,7 +138,7 @@ def test_the_lm_eval_command_and_evaluate_give_the_runs_numbers(finished: Path, 
     for metric in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
         assert theirs[f"{metric},none"] == pytest.approx(ours[metric], abs=1e-12)
     again = tmp_path / "again.json"
-    evaluate = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(finished / "export"), "--data", "mini"]
+    evaluate = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(finished / "export"), "--data_dir", "mini"]
     subprocess.run([*evaluate, "--output", str(again)], env=environment(), check=True, capture_output=True, timeout=200)
     assert json.loads(again.read_text())["tasks"]["hellaswag"] == ours
 

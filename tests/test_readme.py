@@ -23,7 +23,7 @@ COMMANDS = [
 APPENDED = {
     "accelerate launch": "",  # see below
     "python scripts/pretrain.py": "",
-    "python scripts/evaluate.py": "--data mini --limit 8",
+    "python scripts/evaluate.py": "--data_dir mini --limit 8",
     "python scripts/prepare_data.py": "",
     "python scripts/benchmark.py": "--sequence_length 64 --batch_tokens 4096 --micro_batch_size 1 --seconds 1",
     "python scripts/inspect_data.py": "",

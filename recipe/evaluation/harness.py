@@ -14,30 +14,39 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from recipe.config import ConfigError
-from recipe.evaluation.items import MINI, local_files
+from recipe.distributed import Distributed
+from recipe.evaluation.items import MINI, describe_data, local_files
 
 
 def run_harness(
-    model: str,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
     tasks: list[str],
+    distributed: Distributed,
     data: str | None = None,
     task_folder: Path | None = None,
     limit: int | None = None,
     batch_size: int = 32,
-) -> dict[str, Any]:
-    """Evaluate a model.
+) -> dict[str, Any] | None:
+    """Evaluate a model; the ranks share the items.
 
     Args:
-        model: folder or Hub id.
+        name: folder or Hub id of the model, for the command.
+        model: on this rank's device, in evaluation mode.
         tasks: task names of lm-evaluation-harness.
-        data: local HellaSwag-format .jsonl instead of the Hub's data; `mini` for the package's own.
+        data: local copy of HellaSwag's items instead of the Hub's, .jsonl or .parquet, a file or a folder; `mini` for the
+            package's own.
         task_folder: where the task description that `data` needs is written; the command needs it too.
         limit: first items of each task.
+        batch_size: inputs a rank takes at a time, those of like length together.
     Returns:
-        per task: n, acc, acc_norm, standard errors and whatever the task measures; beside them the model's precision, the
-        number of truncated inputs and the `lm_eval` command that gives the same numbers.
+        on rank 0, None on the others. Per task: n, acc, acc_norm, standard errors and whatever the task measures, version,
+        hash and the data's revision; per task and item the log-likelihoods; the number of truncated inputs; and the `lm_eval`
+        command that gives the same numbers.
     Raises:
         ConfigError: for an unknown task or data that cannot be read.
     """
@@ -49,19 +58,23 @@ def run_harness(
     if items is not None:
         if tasks != ["hellaswag"]:
             raise ConfigError(f"evaluate_data: local data stands for hellaswag, not for {', '.join(tasks)}")
-        _write_task(task_folder, items)
+        distributed.on_main(_write_task, task_folder, items)
     manager = TaskManager(include_path=str(task_folder) if items is not None else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(f"evaluate_tasks: lm-evaluation-harness has no task {', '.join(unknown)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with _untouched_rng():
-        lm = _counting_model(model, device, batch_size)
+        lm = _counting_model(model, tokenizer, batch_size, distributed)
         results = simple_evaluate(
             model=lm, tasks=tasks, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
         )
-    command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={model}", "--tasks", ",".join(tasks)]
-    command += ["--device", device, "--batch_size", str(batch_size)]
+    truncated = int(distributed.sum(np.array([lm.truncated]))[0])
+    if results is None:
+        return None
+    for samples in results["samples"].values():
+        samples.sort(key=lambda sample: sample["doc_id"])  # they come rank by rank
+    command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={name}", "--tasks", ",".join(tasks)]
+    command += ["--device", model.device.type, "--batch_size", str(batch_size)]
     command += ["--limit", str(limit)] if limit else []
     command += ["--include_path", str(task_folder)] if items is not None else []
     return {
@@ -71,14 +84,13 @@ def run_harness(
                 **{k.removesuffix(",none"): v for k, v in numbers.items() if isinstance(v, int | float)},
                 "version": results["versions"].get(task),
                 "hash": _task_hash(results["samples"].get(task, ())),
+                "data": describe_data(data, results["configs"].get(task, {}).get("dataset_path")),
             }
             for task, numbers in results["results"].items()
+            if task in results["n-samples"]
         },
         "items": {task: _per_item(samples) for task, samples in results["samples"].items()},
-        "data": items and items.name,
-        "limit": limit,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "truncated": lm.truncated,
+        "truncated": truncated,
         "command": shlex.join(command),
     }
 
@@ -109,11 +121,11 @@ def _log_likelihoods(responses: Sequence[Any]) -> dict[str, list[float]]:
     return {"log_likelihoods": [float(log_likelihood) for log_likelihood, _ in responses]}
 
 
-def _counting_model(model: str, device: str, batch_size: int):
+def _counting_model(model: PreTrainedModel, tokenizer: Any, batch_size: int, distributed: Distributed):
     from lm_eval.models.huggingface import HFLM
 
-    class CountingHFLM(HFLM):
-        """HFLM cuts long inputs with a log line; here they are counted."""
+    class SharedHFLM(HFLM):
+        """HFLM over our ranks; and it cuts long inputs with a log line, where here they are counted."""
 
         truncated = 0
 
@@ -123,7 +135,18 @@ def _counting_model(model: str, device: str, batch_size: int):
             )
             return super()._loglikelihood_tokens(requests, *arguments, **keywords)
 
-    return CountingHFLM(pretrained=model, device=device, batch_size=batch_size)
+        def all_gather(self, tensor):
+            return torch.cat([part.reshape(-1) for part in distributed.gather(tensor.cpu())])
+
+        def gather_object(self, obj, dst=0):
+            return distributed.gather(obj)
+
+        def barrier(self):
+            distributed.barrier()
+
+    lm = SharedHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm._rank, lm._world_size = distributed.rank, distributed.num_ranks
+    return lm
 
 
 def _write_task(folder: Path, data: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def local_files(path: Path) -> list[Path]:
     if kinds not in ([".jsonl"], [".parquet"]):
         raise ConfigError(f"evaluate_data: {path} must be .jsonl or .parquet, not {', '.join(kinds)}")
     return files
+
+
+def describe_data(data: str | None, repo: str | None = HUB_ID) -> dict[str, str | None]:
+    """Which items these are: name and sha256 of a local copy's files; else name and commit of the Hub's dataset, as the cache
+    holds it after loading."""
+    if data is not None:
+        path = Path(MINI if data == "mini" else data)
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in local_files(path)))
+        return {"name": path.name, "sha256": digest.hexdigest()}
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    reference = Path(HF_HUB_CACHE) / f"datasets--{str(repo).replace('/', '--')}" / "refs" / "main"
+    return {"name": repo, "revision": reference.read_text(encoding="utf-8").strip() if reference.is_file() else None}
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:

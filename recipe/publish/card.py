@@ -110,7 +110,7 @@ def _evaluations(folder: RunFolder) -> list[str]:
         for task, numbers in record.get("tasks", {}).items():
             if not lines:
                 lines += ["", "| task | items | metric | value |", "|---|---|---|---|"]
-            name = f"{task} ({record['data']})" if record["data"] else task
+            name = f"{task} ({numbers['data']['name']})" if "sha256" in numbers["data"] else task
             lines += [
                 f"| {name} | {numbers['n']:,} | {metric} | {value:.4f} ± {numbers[f'{metric}_stderr']:.4f} |"
                 for metric, value in numbers.items()

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from recipe import checkpoint
-from recipe.config import Config, ConfigError, first_line
-from recipe.evaluation.harness import run_harness
+from recipe.config import Config, first_line
+from recipe.distributed import Distributed
+from recipe.evaluation.results import print_results, record_results
+from recipe.evaluation.suite import evaluate
 from recipe.files import read_json_lines, write_json
-from recipe.monitor.metrics import MetricsLog
 from recipe.publish.card import write_card
 from recipe.publish.export import export_model
-from recipe.run_folder import RunFolder
+from recipe.run_folder import RunFolder, model_of
 
 
 def finish_run(folder: RunFolder, config: Config, tokenizer: Any, rows: np.ndarray, say: Callable[[str], None]) -> None:
@@ -36,9 +37,10 @@ def finish_run(folder: RunFolder, config: Config, tokenizer: Any, rows: np.ndarr
     if config.evaluate_tasks == "none":
         return
     try:
-        results = run_harness(
+        results = evaluate(
             str(folder.export),
             config.evaluate_tasks.split(","),
+            Distributed.alone(),  # the other ranks have left
             data=config.evaluate_data,
             task_folder=folder.evaluation / "tasks",
             limit=config.evaluate_limit,
@@ -58,53 +60,25 @@ def evaluate_model(
     limit: int | None = None,
     batch_size: int = 32,
     output: Path | None = None,
-) -> dict[str, Any]:
-    """`scripts/evaluate.py`: evaluate a run (its export; the results join the run and its card) or any model.
+) -> None:
+    """`scripts/evaluate.py`: evaluate a run (its export; the results join the run and its card) or any model, on all ranks.
 
     Raises:
         ConfigError: if `model` is a run without an export, or for a bad task or data.
     """
+    distributed = Distributed()
     folder = RunFolder(Path(model))
     is_run = folder.config.is_file()
-    if is_run and not (folder.export / "config.json").is_file():
-        raise ConfigError(f"{model} has no export yet; let the run finish")
     task_folder = folder.evaluation / "tasks" if is_run else (output or Path("hellaswag.json")).with_suffix(".tasks")
-    results = run_harness(str(folder.export) if is_run else model, tasks, data, task_folder, limit, batch_size)
-    if is_run:
-        step = max(r["step"] for r in read_json_lines(folder.metrics))
-        record_results(folder, results, step, print)
-        write_card(folder)
-    else:
-        print_results(results, print)
-    if output is not None:
-        write_json(output, results)
-    return results
-
-
-def record_results(folder: RunFolder, results: dict, step: int, say: Callable[[str], None]) -> None:
-    """Write eval/<task>.json for each task and, for hellaswag, the line of metrics.jsonl; print the numbers."""
-    for task, numbers in results["tasks"].items():
-        write_json(folder.evaluation / f"{task}.json", {**results, "tasks": {task: numbers}, "step": step})
-    if "hellaswag" in results["tasks"]:
-        numbers = results["tasks"]["hellaswag"]
-        record = {
-            "step": step,
-            "hellaswag_acc": numbers["acc"],
-            "hellaswag_acc_norm": numbers["acc_norm"],
-            "hellaswag_n": numbers["n"],
-        }
-        if record not in read_json_lines(folder.metrics):
-            log = MetricsLog(folder.metrics)
-            log.write([record])
-            log.close()
-    print_results(results, say)
-
-
-def print_results(results: dict, say: Callable[[str], None]) -> None:
-    """A line per task, and the command that gives the same numbers."""
-    for task, numbers in results["tasks"].items():
-        shown = "  ".join(f"{k} {v:.4f} ± {numbers[f'{k}_stderr']:.4f}" for k, v in numbers.items() if f"{k}_stderr" in numbers)
-        say(f"{task} ({numbers['n']} items{', ' + results['data'] if results['data'] else ''}): {shown}")
-    if results["truncated"]:
-        say(f"warning: {results['truncated']} inputs were longer than the model's positions and were cut")
-    say(f"the same numbers: {results['command']}")
+    results = evaluate(model_of(model), tasks, distributed, data, task_folder, limit, batch_size)
+    if results is not None:
+        if is_run:
+            step = max(r["step"] for r in read_json_lines(folder.metrics))
+            record_results(folder, results, step, print)
+            write_card(folder)
+        else:
+            print_results(results, print)
+        if output is not None:
+            write_json(output, results)
+    distributed.barrier()
+    distributed.close()
