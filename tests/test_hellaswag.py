@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from launch import TINY, launch, losses, metrics, options
+from launch import ROOT, TINY, launch, losses, metrics, options
 from recipe.config import Config, ConfigError
 from recipe.distributed import Distributed
 from recipe.evaluation.hellaswag import HellaSwag
@@ -20,6 +20,7 @@ from recipe.evaluation.in_loop import InLoopHellaSwag
 from recipe.evaluation.items import MINI, read_items
 from recipe.evaluation.metrics import LanguageModelLoss, MultipleChoiceAccuracy, compute
 from recipe.evaluation.scoring import Request, causal_losses, evaluating, score, training_losses
+from recipe.evaluation.suite import evaluate
 from recipe.model import build_model
 from recipe.tokenizer import train_tokenizer
 
@@ -125,8 +126,15 @@ def test_equal_probability_per_token_scores_what_the_counts_give(items, tokenize
     assert means == pytest.approx(-math.log(len(tokenizer)), abs=1e-5)
 
 
-def test_in_loop_and_harness_agree_to_the_item(items, tokenizer, tmp_path: Path, distributed) -> None:
-    from recipe.evaluation.harness import run_harness
+HELLASWAG = ROOT.parent / "shared" / "data" / "hellaswag"
+
+
+@pytest.mark.parametrize("copy", ["mini", "500"])
+def test_in_loop_and_harness_agree_to_the_item(copy: str, tokenizer, tmp_path: Path, distributed) -> None:
+    if copy == "500" and not HELLASWAG.is_dir():
+        pytest.skip("needs a copy of HellaSwag")
+    data, limit = ("mini", None) if copy == "mini" else (str(next(HELLASWAG.glob("*.jsonl"))), 500)
+    items = read_items(data, limit)
 
     config = Config(n_layer=2, n_head=2, n_embd=32, sequence_length=256, n_positions=256, micro_batch_size=8)
     trained = build_model(config, len(tokenizer), tokenizer.eos_token_id)
@@ -143,9 +151,9 @@ def test_in_loop_and_harness_agree_to_the_item(items, tokenizer, tmp_path: Path,
     export.load_state_dict(weights | cut)
     export.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    results = run_harness(str(tmp_path / "model"), ["hellaswag"], data="mini", task_folder=tmp_path / "tasks")
+    results = evaluate(str(tmp_path / "model"), ["hellaswag"], distributed, data, tmp_path / "tasks", limit)
     harness = results["items"]["hellaswag"]
-    assert [item["doc_id"] for item in harness] == list(range(64))
+    assert [item["doc_id"] for item in harness] == list(range(limit or 64))
     theirs = np.array([item["log_likelihoods"] for item in harness])
     assert theirs == pytest.approx(scores.log_likelihoods, abs=1e-3)
     assert np.array_equal(theirs.argmax(1), scores.log_likelihoods.argmax(1))

@@ -24,6 +24,8 @@ APPENDED = {
     "accelerate launch": "",  # see below
     "python scripts/pretrain.py": "",
     "python scripts/evaluate.py": "--data_dir mini --limit 8",
+    "python scripts/compare.py": "--data_dir mini --limit 8",
+    "python scripts/generate.py": "--max_new_tokens 8",
     "python scripts/prepare_data.py": "",
     "python scripts/benchmark.py": "--sequence_length 64 --batch_tokens 4096 --micro_batch_size 1 --seconds 1",
     "python scripts/inspect_data.py": "",
@@ -73,6 +75,8 @@ def test_the_command_runs(command: str, workplace: Path) -> None:
     (appended,) = (words for start, words in APPENDED.items() if command.startswith(start))
     if command.startswith("accelerate launch"):
         appended = "--output_dir runs/dry" + ("" if "--dry_run" in command else " --dry_run")
+    if command.startswith("python scripts/compare.py"):
+        command = command.replace("openai-community/gpt2", "runs/gpt2-124m/export")  # which is on the Hub
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", f"{command} {appended}"],
