@@ -21,6 +21,7 @@ from recipe.distributed import COLLECTIVE_TIMEOUT, Distributed, resolve_precisio
 from recipe.engine import Engine, make_engine
 from recipe.evaluation.in_loop import InLoopHellaSwag, sample, validate
 from recipe.evaluation.items import read_items
+from recipe.evaluation.scoring import Interrupted
 from recipe.files import write_json
 from recipe.inputs import Inputs
 from recipe.model import build_model
@@ -48,6 +49,7 @@ class Run:
         self.step = 0
         """Optimizer steps done."""
         self._recovery = Recovery(config)
+        self._evaluation_due, self._evaluated = False, []
         self._lineage: list[int] = []
         self._compiled = False
         self._validated: tuple[int, float] | None = None
@@ -200,6 +202,8 @@ class Run:
         self.step = start.step
         self.best_val_loss = state["best_val_loss"]
         self._lineage = [*state.get("lineage", ()), start.step]
+        # An evaluation at the checkpoint's step that a stop cut short is taken up again.
+        self._evaluation_due, self._evaluated = state.get("evaluation_due", False), state.get("evaluated", [])
 
     def _open_metrics(self, step: int) -> None:
         """Go on with metrics.jsonl behind `step`."""
@@ -256,13 +260,15 @@ class Run:
                 step = first = self.step  # it went back
                 continue
             new = step > first or step == 0  # what a continued run did at this step before is not done again
-            if new and (last or _due(step, self.config.eval_every) or step == 0):
-                self._validate(step)
-            if new and step and self.hellaswag and (last or _due(step, self.config.hellaswag_every)):
-                self._evaluate_hellaswag(step)
-            if new and (last or (step and _due(step, self.config.sample_every))):
-                self._sample(step)
-            if new and step and save:
+            if new or self._evaluation_due:
+                try:
+                    self._evaluate(step, last)
+                except Interrupted as interrupted:
+                    stop, last = str(interrupted), False
+                    if self._write_pending():
+                        step = first = self.step
+                        continue
+            if new and step and (save or stop):
                 self._save(step)
             if last or stop:
                 self._finish_saving()
@@ -374,10 +380,29 @@ class Run:
 
     # --- periodic work --------------------------------------------------------------------------------------------
 
+    def _evaluate(self, step: int, last: bool) -> None:
+        """What is due at this step, but for what is done already if it was given up before.
+
+        Raises:
+            Interrupted: if there is a reason to stop; the checkpoint then knows what is done.
+        """
+        config = self.config
+        evaluations = (
+            ("validation", self._validate, step == 0 or last or _due(step, config.eval_every)),
+            ("hellaswag", self._evaluate_hellaswag, self.hellaswag and step and (last or _due(step, config.hellaswag_every))),
+            ("samples", self._sample, last or (step and _due(step, config.sample_every))),
+        )
+        self._evaluation_due = True
+        for name, evaluate, due in evaluations:
+            if due and name not in self._evaluated:
+                evaluate(step)
+                self._evaluated.append(name)
+        self._evaluation_due, self._evaluated = False, []
+
     def _validate(self, step: int) -> None:
         began = time.perf_counter()
         size = self.config.micro_batch_size
-        found = validate(self.engine, self.inputs, size, self.distributed, self.watchdog, step)
+        found = validate(self.engine, self.inputs, size, self.distributed, self.watchdog, step, self._reason_to_stop)
         self.best_val_loss = min(self.best_val_loss, found["val_loss"])
         self._validated = step, found["val_loss"]
         self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), **found}])
@@ -389,7 +414,7 @@ class Run:
     def _evaluate_hellaswag(self, step: int) -> None:
         began = time.perf_counter()
         self.watchdog.enter("evaluate", step)
-        found = self.hellaswag.evaluate(self.engine.model, self.distributed)
+        found = self.hellaswag.evaluate(self.engine.model, self.distributed, self._reason_to_stop)
         self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), **found}])
         cut = f" | {found['hellaswag_truncated']} inputs cut" if found["hellaswag_truncated"] else ""
         self.say(
@@ -419,6 +444,8 @@ class Run:
             "spike_losses": self.spikes.state() if self.spikes else [],
             "left_out": self._left_out,
             "lineage": self._lineage,
+            "evaluation_due": self._evaluation_due,
+            "evaluated": self._evaluated,
         }
         about = {
             "val_loss": self._validated[1] if self._validated and self._validated[0] == step else None,

@@ -115,6 +115,7 @@ PLACES = {
     "micro-step": lambda: (PretrainingModel, "forward"),
     "read": lambda: (RowStream, "_allocate"),
     "validate": lambda: (Run, "_validate"),
+    "losses": lambda: (engine_class(), "losses"),
     "set-up": lambda: (checkpoint, "find_newest"),
     "save": lambda: (Run, "_save"),
     "write": lambda: (checkpoint, "save"),

@@ -328,6 +328,23 @@ def test_a_signal_to_one_rank(
         assert hashes(folder, STEPS) == hashes(bench.undisturbed(engine, ranks), STEPS)
 
 
+@pytest.mark.promise("An evaluation does not hold up the save, and is made up for", "SIGTERM in the middle of a validation")
+@both_engines
+def test_signal_in_the_middle_of_a_validation(bench: Bench, engine: str, tmp_path: Path) -> None:
+    def validated(run: Path) -> list[tuple]:
+        return [(r["step"], r["val_loss"]) for r in metrics(run) if "val_loss" in r]
+
+    folder, fields = tmp_path / "run", {"eval_every": 4}
+    undisturbed = validated(bench.undisturbed(engine, **fields))
+    assert [step for step, _ in undisturbed] == [0, 4, 8, STEPS]
+    # 16 rows, 4 a batch, by two ranks: 2 batches a validation, so that this is the first of step 4.
+    job = bench.job(folder, engine, faults=[(1, "send", {"number": TERM, "place": "losses", "call": 3})], **fields)
+    assert job.wait() == [75, 75] and job.fired(1), job.output()
+    assert assert_one_valid(folder) == 4 and validated(folder) == undisturbed[:1]
+    bench.job(folder, engine, **fields).succeed()
+    assert validated(folder) == undisturbed
+
+
 @pytest.mark.promise("An emergency save works while another is being written", "SIGTERM during a slow write")
 @both_engines
 def test_signal_during_a_write(bench: Bench, engine: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from launch import PRETRAIN, ROOT, TINY, environment, options
 from recipe.config import ConfigError, load_config
 from recipe.data import provenance
 from recipe.data.provenance import BatchTracer
+from recipe.data.stream import RowStream
 from recipe.tokenizer import Encoder
 
 STEPS = 12
@@ -72,6 +74,26 @@ def test_replay_from_a_position_is_the_replay_from_the_start(run: Path) -> None:
     assert tracer._positions[0]["step"] == 0
     far, _ = tracer.trace(STEPS)
     assert near.tolist() == far.tolist()
+
+
+def test_rows_that_a_rollback_left_out_are_not_in_the_batches_behind_it(tmp_path: Path) -> None:
+    texts = make_documents(60, seed=3)
+    rng = random.Random(0)
+    texts.insert(40, "".join(chr(rng.randrange(0x3040, 0x9FFF)) for _ in range(800)))  # a spike
+    write_jsonl(tmp_path / "text.jsonl", texts)
+    fields = TINY | {"data": tmp_path / "text.jsonl", "output_dir": tmp_path / "run", "max_steps": 20, "max_epochs": 90}
+    fields |= {"log_every": 1, "warmup_steps": 1, "save_every": 2, "learning_rate": 3e-3, "schedule": "constant"}
+    fields |= {"spike_action": "rollback", "spike_threshold": 1.5, "spike_window": 8}
+    command = [sys.executable, PRETRAIN, *options(**fields)]
+    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120)
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped_rows.jsonl").read_text().splitlines()]
+    assert skipped and all(record["action"] == "rollback" for record in skipped)
+    left_out = sorted({row for record in skipped for row in range(record["rows"][0], record["rows"][1] + 1)})
+    tracer = BatchTracer(tmp_path / "run")
+    rows = RowStream(tracer.corpus, Encoder(tracer.tokenizer), 64, 0, 90).next_batch(16 * 20 + len(left_out))
+    expected = np.delete(rows, left_out, axis=0)
+    for step in (1, skipped[0]["step"], 20):
+        assert np.array_equal(tracer.trace(step)[0], expected[16 * (step - 1) : 16 * step])
 
 
 def test_the_script_shows_ids_and_text(run: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe.config import Config, ConfigError, first_line, load_config, parse_ranges
+from recipe.config import Config, ConfigError, first_line, load_config
 from recipe.data.corpus import Corpus, DataError, Unit, open_corpora
 from recipe.data.packing import SHUFFLE_WINDOW
 from recipe.data.prepared import PreparedCorpus, encoder_for
@@ -76,7 +76,6 @@ class BatchTracer:
         units = corpus.units[len(corpus.units) - fingerprint["units"] :]
         units[0] = replace(units[0], skip=fingerprint["held_out"])
         self.corpus: Corpus = corpus.with_units(units)
-        self._fingerprint = fingerprint
 
     def trace(self, step: int) -> tuple[np.ndarray, list[Source]]:
         """The rows of optimizer step `step`, counted from 1, and where they come from.
@@ -96,8 +95,9 @@ class BatchTracer:
             self.config.sequence_length,
             self.config.seed,
             self.config.max_epochs,
-            state={**start, "fingerprint": self._fingerprint, "accepted": []},
-            skip_rows=parse_ranges(self.config.skip_rows),
+            state={**start, "accepted": []},
+            # As the run has them now: those of the configuration, of later starts and of rollbacks.
+            skip_rows=self._positions[-1]["fingerprint"]["skip_rows"],
         )
         for earlier in range(start["step"] + 1, step):
             stream.next_batch(plan.rows_at(earlier - 1))
@@ -140,9 +140,14 @@ class BatchTracer:
 
 
 def _read_positions(path: Path) -> list[dict]:
-    """The recorded positions in the order of their steps, the last of each step, the fingerprint from the first line."""
-    by_step = {record["step"]: record for record in read_json_lines(path)}
-    return [by_step[step] for step in sorted(by_step)]
+    """The recorded positions in the order of their steps. One that was recorded after the run had gone back replaces those of
+    the steps behind it."""
+    positions: list[dict] = []
+    for record in read_json_lines(path):
+        while positions and positions[-1]["step"] >= record["step"]:
+            positions.pop()
+        positions.append(record)
+    return positions
 
 
 def describe_source(source: Source) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from recipe.distributed import Distributed
 from recipe.evaluation.metrics import MultipleChoiceAccuracy, compute
-from recipe.evaluation.scoring import Losses, Request, score
+from recipe.evaluation.scoring import Losses, Request, no_reason, score
 
 STYLES = ("lm-eval", "completion")
 
@@ -56,11 +56,12 @@ class HellaSwag:
         batch_tokens: int,
         distributed: Distributed,
         progress: Callable[[int, int], None] | None = None,
+        reason_to_stop: Callable[[], str | None] = no_reason,
     ) -> dict[str, Scores]:
         """Score every style; the ranks share the work, and each gets all scores. Arguments as for `score`."""
         result = {}
         for style, (requests, lengths) in self._asked.items():
-            sums, truncated = score(requests, losses, max_length, batch_tokens, distributed, progress)
+            sums, truncated = score(requests, losses, max_length, batch_tokens, distributed, progress, reason_to_stop)
             result[style] = Scores(sums.reshape(-1, 4), lengths, self._labels, truncated)
         return result
 

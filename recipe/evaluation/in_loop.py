@@ -3,6 +3,7 @@ neither the random number generators nor the model's mode change."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from recipe.distributed import Distributed
 from recipe.engine import Engine
 from recipe.evaluation.hellaswag import HellaSwag
 from recipe.evaluation.metrics import LanguageModelLoss, compute
-from recipe.evaluation.scoring import evaluating, training_losses
+from recipe.evaluation.scoring import Interrupted, evaluating, no_reason, training_losses
 from recipe.inputs import Inputs
 from recipe.model import PretrainingModel, continue_text
 from recipe.watchdog import Watchdog
@@ -32,11 +33,23 @@ class InLoopHellaSwag:
         self._max_length = config.n_positions
         self._batch_tokens = min(MAX_BATCH_TOKENS, config.micro_batch_size * config.sequence_length)
 
-    def evaluate(self, model: PretrainingModel, distributed: Distributed) -> dict[str, float]:
+    def evaluate(
+        self, model: PretrainingModel, distributed: Distributed, reason_to_stop: Callable[[], str | None] = no_reason
+    ) -> dict[str, float]:
         """The fields of metrics.jsonl: lm-evaluation-harness' style under the plain names, llm.c's under
-        `hellaswag_completion_...`, and how many inputs were cut to the model's positions. Collective."""
+        `hellaswag_completion_...`, and how many inputs were cut to the model's positions. Collective.
+
+        Raises:
+            Interrupted: if there is a reason to stop.
+        """
         with evaluating(model):
-            scores = self._set.score(training_losses(model), self._max_length, self._batch_tokens, distributed)
+            scores = self._set.score(
+                training_losses(model),
+                self._max_length,
+                self._batch_tokens,
+                distributed,
+                reason_to_stop=reason_to_stop,
+            )
         harness, completion = scores["lm-eval"].metrics(), scores["completion"].metrics()
         return {
             "hellaswag_acc": harness["acc"],
@@ -50,13 +63,28 @@ class InLoopHellaSwag:
 
 
 def validate(
-    engine: Engine, inputs: Inputs, micro_batch_size: int, distributed: Distributed, watchdog: Watchdog, step: int
+    engine: Engine,
+    inputs: Inputs,
+    micro_batch_size: int,
+    distributed: Distributed,
+    watchdog: Watchdog,
+    step: int,
+    reason_to_stop: Callable[[], str | None] = no_reason,
 ) -> dict[str, float]:
-    """The fields of metrics.jsonl: mean loss of the validation targets in nats a token, and in bits a byte. Collective."""
+    """The fields of metrics.jsonl: mean loss of the validation targets in nats a token, and in bits a byte. Collective.
+
+    Raises:
+        Interrupted: if there is a reason to stop.
+    """
     own = inputs.validation_rows[distributed.rank :: distributed.num_ranks]
+    most = -(-len(inputs.validation_rows) // distributed.num_ranks)
     total = torch.zeros(2, dtype=torch.float64, device=distributed.device)
-    for start in range(0, len(own), micro_batch_size):
+    for start in range(0, most, micro_batch_size):
         watchdog.enter("validate" if start else "first step", step)  # the first may compile
+        if reason := reason_to_stop():
+            raise Interrupted(reason)
+        if start >= len(own):
+            break  # the others have some rows left
         rows = own[start : start + micro_batch_size]
         count = len(rows)
         if count < micro_batch_size:

@@ -25,6 +25,14 @@ Losses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torc
 row and column of ids."""
 
 
+class Interrupted(Exception):
+    """An evaluation was given up, on all ranks alike; the message is the reason."""
+
+
+def no_reason() -> None:
+    """Never give up."""
+
+
 class Request(NamedTuple):
     """What is asked of a model: the log-likelihood of tokens[start:] given tokens[:start]."""
 
@@ -75,6 +83,7 @@ def score(
     batch_tokens: int,
     distributed: Distributed,
     progress: Callable[[int, int], None] | None = None,
+    reason_to_stop: Callable[[], str | None] = no_reason,
 ) -> tuple[np.ndarray, int]:
     """The log-likelihoods of the requests, on every rank.
 
@@ -84,13 +93,22 @@ def score(
         max_length: the model's positions; a longer request is cut from the left, as lm-evaluation-harness does.
         batch_tokens: about how many tokens a batch holds, padding included.
         progress: called with the batches done and to do on this rank.
+        reason_to_stop: asked before each batch, by all ranks together.
     Returns:
         log-likelihoods [requests] in nats, and how many requests were cut.
+    Raises:
+        Interrupted: if there is a reason.
     """
     device = distributed.device
     sums = torch.zeros(len(requests), dtype=torch.float64, device=device)
-    batches = list(_batches(requests, max_length, batch_tokens))[distributed.rank :: distributed.num_ranks]
-    for done, (length, members) in enumerate(batches):
+    whole = list(_batches(requests, max_length, batch_tokens))
+    batches = whole[distributed.rank :: distributed.num_ranks]
+    for done in range(-(-len(whole) // distributed.num_ranks)):
+        if reason := reason_to_stop():
+            raise Interrupted(reason)
+        if done == len(batches):
+            break  # the others have one more
+        length, members = batches[done]
         if progress:
             progress(done, len(batches))
         ids, places = _lay_out([_cut(requests[member], max_length) for member in members], length)
