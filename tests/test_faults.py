@@ -338,7 +338,11 @@ def test_signal_in_the_middle_of_a_validation(bench: Bench, engine: str, tmp_pat
     undisturbed = validated(bench.undisturbed(engine, **fields))
     assert [step for step, _ in undisturbed] == [0, 4, 8, STEPS]
     # 16 rows, 4 a batch, by two ranks: 2 batches a validation, so that this is the first of step 4.
-    job = bench.job(folder, engine, faults=[(1, "send", {"number": TERM, "place": "losses", "call": 3})], **fields)
+    faults = [
+        (1, "sleep", {"place": "losses", "call": 3, "seconds": 1}),
+        (1, "send", {"number": TERM, "place": "losses", "call": 3}),
+    ]
+    job = bench.job(folder, engine, faults=faults, **fields)
     assert job.wait() == [75, 75] and job.fired(1), job.output()
     assert assert_one_valid(folder) == 4 and validated(folder) == undisturbed[:1]
     bench.job(folder, engine, **fields).succeed()
