@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from recipe.distributed import Distributed
 
@@ -145,7 +146,9 @@ class Watchdog:
         at_work = [r for r, beat in everyone.items() if not beat.waiting and self._is_stuck(beat, almost)]
         candidates = silent or [r for r in stuck if everyone[r].writing > self.limit] or at_work or stuck
         culprit = max(candidates, key=lambda rank: everyone[rank].seconds)
-        if silent:
+        if silent and everyone[culprit].host == self._host and has_ended(everyone[culprit].pid):
+            reason = f"watchdog: lost {self._describe(culprit)}: its process was killed"
+        elif silent:
             reason = f"watchdog: no sign of life from {self._describe(culprit)}"
         else:
             reason = f"watchdog: no progress by {self._describe(culprit)}"
@@ -190,3 +193,14 @@ def _exchange_addresses(distributed: Distributed, port: int) -> tuple[str, list[
             own = probe.getsockname()[0]
     everyone = distributed.gather((own, port))
     return socket.gethostname(), everyone, distributed.broadcast(secrets.token_hex(8))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process of this host is gone, or waits for its parent to take note of that."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False  # no /proc

@@ -150,6 +150,19 @@ def sleep(fired: Callable, place: str, call: int, seconds: float) -> None:
 
 
 @fault
+def hold(fired: Callable, place: str, call: int, until: str) -> None:
+    """The rank waits at the place until a file exists."""
+
+    def action(count: int) -> None:
+        if count == call:
+            fired()
+            while not Path(until).exists():
+                time.sleep(0.1)
+
+    before(*PLACES[place](), action)
+
+
+@fault
 def fail(fired: Callable, place: str, call: int, message: str) -> None:
     """The place raises."""
 

@@ -518,10 +518,12 @@ def test_spike(bench: Bench, engine: str, action: str, tmp_path: Path) -> None:
 @both_engines
 def test_second_run_refused(bench: Bench, engine: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = bench.job(folder, engine, faults=[(0, "sleep", {"place": "step", "call": 5, "seconds": 8})])
+    go_on = tmp_path / "go-on"
+    first = bench.job(folder, engine, faults=[(0, "hold", {"place": "step", "call": 5, "until": str(go_on)})])
     first.wait_for(lambda: first.fired(0))
     second = bench.job(folder, engine, faults=[(rank, "impatient", {}) for rank in range(2)])
     assert second.wait() == [2, 2] and "is being trained in by process" in second.output(), second.output()
+    go_on.touch()
     assert first.wait() == [0, 0]
     other = bench.job(folder, engine, learning_rate=2e-3)
     assert other.wait() == [2, 2] and "learning_rate is 0.001 there and 0.002 now" in other.output()

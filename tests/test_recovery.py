@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from recipe.recovery import MAX_ROLLBACKS, Recovery, Rollback, TrainingError
 from recipe.rng import gather_rng, restore_rng
 from recipe.spikes import SkippedRows, SpikeFinder
 from recipe.steps import Step
+from recipe.watchdog import has_ended
 
 
 def step(number: int, loss: float = 3.0, skipped: bool = False, limit: float = float("inf")) -> Step:
@@ -89,3 +92,15 @@ def test_generators_continue_where_they_were() -> None:
     assert torch.equal(drawn[0], again[0]) and np.array_equal(drawn[1], again[1]) and drawn[2] == again[2]
     other = {name.replace("rank0", "rank1"): part for name, part in state.items()}
     assert not restore_rng(other, distributed)  # this rank is not in it
+
+
+def test_a_killed_process_has_ended_before_its_parent_knows() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    assert not has_ended(process.pid)
+    process.kill()
+    deadline = time.monotonic() + 10
+    while not has_ended(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert has_ended(process.pid)
+    process.wait()
+    assert has_ended(process.pid)
