@@ -190,11 +190,22 @@ class ShardPacker:
         return True
 
     def _shuffled(self, epoch: int, unit: Unit, skip: int) -> Iterator[Any]:
-        documents = self._documents.read(unit)
+        # A window waits in memory for a long time: as UTF-8, for a single curly quote doubles the size of a str.
+        documents = map(_shrink, self._documents.read(unit))
         index = 0
         while window := list(islice(documents, SHUFFLE_WINDOW)):
             if skip < len(window):
                 order = self._document_order(epoch, unit, index, len(window))
-                yield from (window[i] for i in order[skip:].tolist())
+                for i in order[skip:].tolist():
+                    document, window[i] = window[i], None
+                    yield _restore(document)
             skip = max(0, skip - len(window))
             index += 1
+
+
+def _shrink(document: Any) -> Any:
+    return document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document
+
+
+def _restore(document: Any) -> Any:
+    return document.decode("utf-8", "surrogatepass") if isinstance(document, bytes) else document
