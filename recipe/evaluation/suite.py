@@ -94,7 +94,7 @@ def _score_completion(
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
     with evaluating(model):
         # HellaSwag's longest inputs have some 150 tokens.
-        return asked.score(causal_losses(model), positions, 128 * batch_size, distributed, progress(distributed))["completion"]
+        return asked.score(causal_losses(model), positions, 128 * batch_size, distributed, _progress(distributed))["completion"]
 
 
 def _per_item(scores: Scores) -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ def _per_item(scores: Scores) -> list[dict[str, Any]]:
     ]
 
 
-def progress(distributed: Distributed) -> Callable[[int, int], None] | None:
+def _progress(distributed: Distributed) -> Callable[[int, int], None] | None:
     """A line on rank 0's terminal; None where there is no terminal."""
     if not (distributed.is_main and sys.stderr.isatty()):
         return None
