@@ -132,8 +132,12 @@ class TrainingConfig:
     batch_ramp: str | None = None
     """Smaller batches at first, as TOKENSxSTEPS: `131072x1000,262144x500` takes 131,072 tokens a step for 1000 steps, 262,144
     for the next 500, and batch_tokens from then on."""
-    micro_batch_size: int = 64
-    """Rows a rank takes through the model at a time."""
+    micro_batch_size: int | None = None
+    """Rows a rank takes through the model at a time. Default: the largest power of two that divides its part of the batch and
+    fits the card's memory by the estimate of scripts/plan.py; 8 at most on a CPU."""
+    activation_checkpointing: bool | None = None
+    """Keep of each block only its input and compute the rest again in the backward: less memory for a third more work, the same
+    numbers. Default: where otherwise less than 4,096 tokens a micro-step fit."""
     max_steps: int | None = None
     """Optimizer steps of the run. Give this or max_tokens."""
     max_tokens: int | None = None
@@ -218,6 +222,7 @@ class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, FaultConf
 NOT_PART_OF_THE_RUN = frozenset(
     "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every hellaswag_every hellaswag_items "
     "sample_every evaluate_tasks evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size "
+    "activation_checkpointing "
     "compile kernels max_epochs keep_every keep_best max_hours watchdog_seconds on_nonfinite spike_action spike_threshold "
     "spike_window".split()
 )
@@ -247,7 +252,12 @@ def field_docs() -> dict[str, str]:
 def help_text(program: str) -> str:
     """Usage and every field with its type, default and docstring."""
     hints, docs = typing.get_type_hints(Config), field_docs()
-    lines = [f"usage: {program} [CONFIG.yaml] [--field value ...] [--dry_run]", ""]
+    lines = [
+        f"usage: {program} [CONFIG.yaml] [--field value ...] [--dry_run]",
+        "",
+        "A CONFIG.yaml may begin with `base: OTHER.yaml`, relative to itself, whose values hold where it gives none.",
+        "",
+    ]
     for name, f in config_fields().items():
         lines.append(f"  --{name}  {_describe(hints[name])} (default: {f.default})")
         lines.append(f"      {docs[name]}")
@@ -273,22 +283,19 @@ def parse_config(arguments: list[str]) -> tuple[Config, list[str]]:
     """As `load_config`, but give the problems beside the configuration as far as it could be read."""
     problems: list[str] = []
     config_file, overrides = _split_arguments(arguments, problems)
-    values = _read_yaml(config_file, problems) if config_file else {}
-    length_unknown = values is None  # what the file would have said is not missing as well
-    values = values or {}
-    if len(_lengths(values)) == 2:
-        problems.append(f"max_steps and max_tokens: {config_file} gives both; keep one")
+    levels = _read_files(config_file, problems) if config_file else []
+    length_unknown = None in [values for _, values in levels]  # what the file would have said is not missing as well
     if len(_lengths(overrides)) == 2:
         problems.append("--max_steps and --max_tokens: both given; keep one")
-    if _lengths(overrides):
-        values.pop("max_steps", None)
-        values.pop("max_tokens", None)
+    levels = [(file, values or {}) for file, values in levels] + [("command line", overrides)]
+    for number, (_, values) in enumerate(levels):
+        if any(_lengths(later) for _, later in levels[number + 1 :]):
+            values.pop("max_steps", None)
+            values.pop("max_tokens", None)
     config = Config(name=Path(config_file).stem if config_file else "run")
     hints = typing.get_type_hints(Config)
     known = config_fields()
-    for source, name, value in [(str(config_file), *item) for item in values.items()] + [
-        ("command line", *item) for item in overrides.items()
-    ]:
+    for source, name, value in [(source, *item) for source, values in levels for item in values.items()]:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]}?" if nearest else "; --help lists the fields"
@@ -345,6 +352,28 @@ class _StrictLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _read_files(path: str, problems: list[str]) -> list[tuple[str, dict | None]]:
+    """The values of the file and of those that it builds on by `base: FILE`, relative to itself, the base first."""
+    levels: list[tuple[str, dict | None]] = []
+    seen: list[Path] = []
+    while path is not None:
+        if Path(path).resolve() in seen:
+            chain = " -> ".join([*(file for file, _ in reversed(levels)), path])
+            problems.append(f"base: {chain} is a circle; drop one of its bases")
+            break
+        seen.append(Path(path).resolve())
+        values = _read_yaml(path, problems)
+        base = values.pop("base", None) if values else None
+        if values and len(_lengths(values)) == 2:
+            problems.append(f"max_steps and max_tokens: {path} gives both; keep one")
+        if base is not None and not isinstance(base, str):
+            problems.append(f"base: {base!r} ({path}) is not the path of a YAML file, relative to this one")
+            base = None
+        levels.insert(0, (str(path), values))
+        path = None if base is None else str(Path(path).parent / base)
+    return levels
 
 
 def _read_yaml(path: str, problems: list[str]) -> dict | None:

@@ -8,9 +8,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from recipe.config import Config, ConfigError
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters, flops_per_token, make_plan, padded_vocab_size, peak_flops
+
+if TYPE_CHECKING:
+    from recipe.micro_batch import Fit
 
 GIB = 2**30
 NODE = 8
@@ -88,7 +92,8 @@ def memory_by_part(config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZE
     """Bytes on each GPU at the peak, in bf16 under ZeRO-1: when the loss has been computed and nothing was let go.
 
     A layer keeps 32 times the width in bf16 for each token: two LayerNorms' outputs (2 + 2 bytes), q, k and v (6), the
-    attention's output (2), the sums after attention and MLP (2 + 2), and the GELU's input and output (8 + 8).
+    attention's output (2), the sums after attention and MLP (2 + 2), and the GELU's input and output (8 + 8). With activation
+    checkpointing only its input (2) and, while one layer is computed again, that layer's 32.
     """
     padded = padded_vocab_size(vocab_size)
     parameters = count_parameters(config, padded)
@@ -99,7 +104,9 @@ def memory_by_part(config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZE
         "gradient sums": 4 * parameters,
         "masters": 4 * parameters // ranks,
         "moments": _moment_bytes(config, parameters) // ranks,
-        "activations": 32 * config.n_embd * config.n_layer * tokens,
+        "activations": (2 * config.n_layer + 32 if config.activation_checkpointing else 32 * config.n_layer)
+        * config.n_embd
+        * tokens,
         "logits": 2 * padded * tokens,
     }
 
@@ -112,15 +119,22 @@ def _moment_bytes(config: Config, parameters: int) -> int:
 
 def largest_micro_batch(config: Config, machine: Machine) -> int | None:
     """The largest power of two of rows that fits the memory and divides the batch; None if not even one row does."""
-    best, rows = None, 1
-    while rows * config.sequence_length * machine.gpus <= config.batch_tokens:
-        needed = sum(memory_by_part(replace(config, micro_batch_size=rows), machine.gpus).values())
-        if needed > USABLE_MEMORY * machine.gpu.memory * GIB:
-            break
-        if config.batch_tokens % (rows * config.sequence_length * machine.gpus) == 0:
-            best = rows
-        rows *= 2
-    return best
+    found = _fit(replace(config, micro_batch_size=None), machine)
+    return found.micro_batch_size if found else None
+
+
+def _fit(config: Config, machine: Machine) -> Fit | None:
+    """What the machine's cards hold: with the micro batch of the config if it divides and fits, else the largest that does."""
+    from recipe.micro_batch import fit  # which is built on memory_by_part
+
+    given = config.micro_batch_size
+    if given and config.batch_tokens % (given * config.sequence_length * machine.gpus) == 0:
+        found = fit(config, machine.gpus, machine.gpu.memory * GIB)
+        if found:
+            return found
+    if config.batch_tokens % (config.sequence_length * machine.gpus):
+        return None
+    return fit(replace(config, micro_batch_size=None), machine.gpus, machine.gpu.memory * GIB)
 
 
 def tokens_per_second(config: Config, machine: Machine) -> tuple[float, bool]:
@@ -148,6 +162,7 @@ class Estimate:
     micro_batch_size: int | None
     """Rows; None if the model does not fit."""
     accumulation: int | None
+    activation_checkpointing: bool
     memory: dict[str, int] | None
     """Bytes on each GPU by part."""
     memory_total: int | None
@@ -178,12 +193,12 @@ def estimate(config: Config, machine: Machine, price_per_hour: float | None = No
     Args:
         price_per_hour: dollars for the whole machine.
     """
-    chosen: int | None = config.micro_batch_size
-    divides = config.batch_tokens % (config.micro_batch_size * config.sequence_length * machine.gpus) == 0
-    limit = USABLE_MEMORY * machine.gpu.memory * GIB
-    if not divides or sum(memory_by_part(config, machine.gpus).values()) > limit:
-        chosen = largest_micro_batch(config, machine)
-    memory = memory_by_part(replace(config, micro_batch_size=chosen), machine.gpus) if chosen else None
+    found = _fit(config, machine)
+    chosen, memory = None, None
+    if found:
+        chosen = found.micro_batch_size
+        config = replace(config, micro_batch_size=chosen, activation_checkpointing=found.activation_checkpointing)
+        memory = memory_by_part(config, machine.gpus)
     total = sum(memory.values()) if memory else None
     speed, measured = tokens_per_second(config, machine)
     parameters = count_parameters(config, GPT2_VOCAB_SIZE)
@@ -202,9 +217,10 @@ def estimate(config: Config, machine: Machine, price_per_hour: float | None = No
         parameters=parameters,
         micro_batch_size=chosen,
         accumulation=config.batch_tokens // (chosen * config.sequence_length * machine.gpus) if chosen else None,
+        activation_checkpointing=bool(found and found.activation_checkpointing),
         memory=memory,
         memory_total=total,
-        fits=total is not None and total <= limit,
+        fits=found is not None,
         tokens_per_second=speed,
         measured=measured,
         basis=basis,

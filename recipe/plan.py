@@ -103,6 +103,8 @@ def make_plan(config: Config, num_processes: int) -> Plan:
 
 def _batch_problems(config: Config, num_processes: int) -> list[str]:
     problems = []
+    if config.micro_batch_size is None:  # settled when the batch is known to be divisible
+        config = replace(config, micro_batch_size=1)
     tokens_per_micro_step = config.micro_batch_size * config.sequence_length * num_processes
     accumulation, rest = divmod(config.batch_tokens, tokens_per_micro_step)
     if rest or not accumulation:
@@ -114,6 +116,11 @@ def _batch_problems(config: Config, num_processes: int) -> list[str]:
         ]  # fmt: skip
         remedy = f"batch_tokens {' or '.join(choices)}"
         remedy += f", or micro_batch_size {divisors[0]}" if divisors else ""
+        rows, uneven = divmod(config.batch_tokens, config.micro_batch_size * config.sequence_length)
+        fewer = [] if uneven else [n for n in range(num_processes - 1, 0, -1) if rows % n == 0]
+        more = [] if uneven else [n for n in range(num_processes + 1, 2 * num_processes + 1) if rows % n == 0]
+        ranks = [str(n) for n in (*fewer[:1], *more[:1])]
+        remedy += f", or {' or '.join(ranks)} ranks" if ranks else ""
         problems.append(
             f"batch_tokens: {config.batch_tokens} is not a multiple of micro_batch_size {config.micro_batch_size} x "
             f"sequence_length {config.sequence_length} x {num_processes} ranks = {tokens_per_micro_step}; {remedy} works"
@@ -186,7 +193,8 @@ def load_run(arguments: list[str], num_processes: int) -> tuple[Config, Plan]:
     """
     config, problems = parse_config(arguments)
     # Numbers out of range are among the problems already; nothing sensible can be derived from them.
-    if min(config.batch_tokens, config.micro_batch_size, config.sequence_length) >= 1:
+    micro = 1 if config.micro_batch_size is None else config.micro_batch_size
+    if min(config.batch_tokens, micro, config.sequence_length) >= 1:
         problems += _batch_problems(config, num_processes)
         if (config.max_steps or config.max_tokens or 0) >= 1:
             problems += _schedule_problems(config)
@@ -196,6 +204,9 @@ def load_run(arguments: list[str], num_processes: int) -> tuple[Config, Plan]:
     problems += _evaluate_data_problems(config)
     if problems:
         raise ConfigError(*problems)
+    from recipe.micro_batch import find_card, resolve
+
+    config = resolve(config, num_processes, find_card())
     return config, make_plan(config, num_processes)
 
 

@@ -36,7 +36,8 @@ def lines(run: Estimate) -> list[str]:
         [f"memory a GPU      {run.memory_total / 2**30:.1f} GiB{'' if run.fits else ': DOES NOT FIT'}"] if run.memory else []
     )
     parts = [f"  {part:15} {size / 2**30:.2f} GiB" for part, size in (run.memory or {}).items()]
-    micro = f"{run.micro_batch_size} rows, {run.accumulation} accumulation" if run.micro_batch_size else "none fits"
+    twice = ", activations computed twice" if run.activation_checkpointing else ""
+    micro = f"{run.micro_batch_size} rows, {run.accumulation} accumulation{twice}" if run.micro_batch_size else "none fits"
     return [
         f"machine           {run.machine}",
         f"parameters        {run.parameters:,}",

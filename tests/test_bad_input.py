@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -133,7 +133,7 @@ CASES = {
     "indivisible batch over two ranks": Case(
         "--batch_tokens 192",
         "batch_tokens",
-        ("2 ranks = 128; ", "128 or 256, or micro_batch_size 1 works"),
+        ("2 ranks = 128; ", "128 or 256, or micro_batch_size 1, or 1 or 3 ranks works"),
         {"WORLD_SIZE": "2"},
     ),
     "heads that do not divide the width": Case("--n_head 3", "n_head", ("3 heads do not divide n_embd 16", "; ")),
@@ -377,7 +377,7 @@ def test_dry_run_prints_the_numbers_and_creates_nothing(results):
         "tokenizer found: train:300",
     ]:
         assert line in lines
-    assert to_yaml(load_config(TINY)) in result["stdout"]
+    assert to_yaml(replace(load_config(TINY), activation_checkpointing=False)) in result["stdout"]
 
 
 def test_dry_run_of_a_run_leaves_it_alone(results):

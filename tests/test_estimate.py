@@ -28,7 +28,7 @@ from recipe.plan import load_run
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load_run(["configs/gpt2-124m.yaml"], 1)[0]
+    return load_run(["configs/gpt2-124m.yaml", "--micro_batch_size", "64"], 1)[0]
 
 
 def test_memory_is_the_sum_of_what_zero_1_keeps(config: Config) -> None:

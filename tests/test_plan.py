@@ -94,10 +94,17 @@ def test_accumulation(batch_tokens, micro_batch_size, sequence_length, ranks, ac
 
 def remedies(problem: str) -> dict[str, list[int]]:
     """The values that the message about an indivisible batch proposes, by field."""
-    match = re.search(r"; batch_tokens (\d+)(?: or (\d+))?(?:, or micro_batch_size (\d+))? works$", problem)
+    match = re.search(
+        r"; batch_tokens (\d+)(?: or (\d+))?(?:, or micro_batch_size (\d+))?(?:, or (\d+)(?: or (\d+))? ranks)? works$",
+        problem,
+    )
     assert match, problem
-    lower, upper, micro = match.groups()
-    return {"batch_tokens": [int(n) for n in (lower, upper) if n], "micro_batch_size": [int(micro)] if micro else []}
+    lower, upper, micro, fewer, more = match.groups()
+    return {
+        "batch_tokens": [int(n) for n in (lower, upper) if n],
+        "micro_batch_size": [int(micro)] if micro else [],
+        "ranks": [int(n) for n in (fewer, more) if n],
+    }
 
 
 def test_an_indivisible_batch_is_explained():
@@ -107,12 +114,12 @@ def test_an_indivisible_batch_is_explained():
         "batch_tokens 768 or 1024 works"
     )
     (problem,) = problems_of(make_config(batch_tokens=960, micro_batch_size=4), 2)
-    assert remedies(problem) == {"batch_tokens": [768, 1024], "micro_batch_size": [3]}
+    assert remedies(problem) == {"batch_tokens": [768, 1024], "micro_batch_size": [3], "ranks": []}
 
 
 def test_a_batch_smaller_than_a_micro_step_is_explained():
     (problem,) = problems_of(make_config(batch_tokens=128, micro_batch_size=8), 2)
-    assert remedies(problem) == {"batch_tokens": [512], "micro_batch_size": [2]}
+    assert remedies(problem) == {"batch_tokens": [512], "micro_batch_size": [2], "ranks": []}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -135,7 +142,8 @@ def test_the_proposed_values_work(seed):
         proposed = remedies(problem)
         for name, values in proposed.items():
             for value in values:
-                make_plan(make_config(**fields | {name: value}), ranks)
+                changed = {} if name == "ranks" else {name: value}
+                make_plan(make_config(**fields | changed), value if name == "ranks" else ranks)
         step = fields["micro_batch_size"] * fields["sequence_length"] * ranks
         assert all(abs(n - fields["batch_tokens"]) <= step for n in proposed["batch_tokens"])
         smaller = [

@@ -1,0 +1,147 @@
+"""Rows a rank takes at a time, and whether it computes activations twice, where the run leaves that open.
+
+Both follow from the memory estimate of recipe/estimate.py and the card's memory, before anything is allocated: never from
+trying until it crashes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass, replace
+
+from recipe.config import Config, ConfigError, parse_batch_ramp
+from recipe.estimate import GIB, USABLE_MEMORY, memory_by_part
+from recipe.plan import GPT2_VOCAB_SIZE
+
+MOST_TOKENS = 65_536
+"""A larger micro-step is not faster: an H100 is busy with a quarter of it, and memory is needed elsewhere too."""
+ENOUGH_TOKENS = 4096
+"""Micro-steps below this leave a GPU idle; computing the activations twice, then costs less than it gains."""
+CPU_ROWS = 8
+UNKNOWN_VOCAB_SIZE = 2**18
+"""Of a tokenizer that has not been read; few are larger."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """The smallest of the GPUs."""
+
+    memory: int
+    """Bytes."""
+    bf16: bool = True
+    """Whether it multiplies bf16."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a card holds."""
+
+    micro_batch_size: int
+    """Rows."""
+    activation_checkpointing: bool
+    memory: int
+    """Bytes at the peak, estimated."""
+
+
+def fit(config: Config, ranks: int, card: int, vocab_size: int = GPT2_VOCAB_SIZE, zero1: bool = True) -> Fit | None:
+    """The micro batch for a card, and whether activations are computed twice; what the config gives is kept.
+
+    Args:
+        card: its memory, bytes.
+        zero1: whether the ranks share out masters and moments.
+    Returns:
+        None if not even one row fits, or the micro batch that the config gives does not.
+    """
+    choices = [config.micro_batch_size] if config.micro_batch_size else _choices(config, ranks)
+    limit = USABLE_MEMORY * card
+
+    def largest(checkpointing: bool) -> Fit | None:
+        for rows in reversed(choices):
+            trial = replace(config, micro_batch_size=rows, activation_checkpointing=checkpointing)
+            memory = _memory(trial, ranks if zero1 else 1, vocab_size)
+            if memory <= limit:
+                return Fit(rows, checkpointing, memory)
+        return None
+
+    if config.activation_checkpointing is not None:
+        return largest(config.activation_checkpointing)
+    plain = largest(False)
+    if plain and plain.micro_batch_size * config.sequence_length >= min(ENOUGH_TOKENS, choices[-1] * config.sequence_length):
+        return plain
+    twice = largest(True)
+    return twice if plain is None or twice and twice.micro_batch_size > plain.micro_batch_size else plain
+
+
+def resolve(config: Config, ranks: int, card: Card | None) -> Config:
+    """The run with its micro batch and activation checkpointing settled; batch_tokens must be divisible already.
+
+    Args:
+        card: None on a CPU.
+    Raises:
+        ConfigError: if not even one row fits.
+    """
+    if card is None:
+        rows = config.micro_batch_size or max(n for n in _choices(config, ranks) if n <= CPU_ROWS)
+        return replace(config, micro_batch_size=rows, activation_checkpointing=bool(config.activation_checkpointing))
+    vocab_size, settled = _vocab_size(config), config
+    if config.precision == "auto" and not card.bf16:
+        config = replace(config, precision="fp32")
+    zero1 = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    found = fit(config, ranks, card.memory, vocab_size, zero1)
+    if found is None and config.micro_batch_size is None:
+        least = replace(config, micro_batch_size=1, activation_checkpointing=config.activation_checkpointing is not False)
+        needed = _memory(least, ranks if zero1 else 1, vocab_size) / GIB
+        raise ConfigError(
+            f"micro_batch_size: one row takes {needed:.1f} GiB of memory, of which a card has "
+            f"{USABLE_MEMORY * card.memory / GIB:.1f} to use; take a larger card, more of them under "
+            "ZeRO-1, or a smaller model (scripts/plan.py --table shows what fits)"
+        )
+    if found is None:
+        # It was asked for: the estimate may be wrong, and then the best chance is the smallest footprint.
+        return replace(settled, activation_checkpointing=config.activation_checkpointing is not False)
+    return replace(settled, micro_batch_size=found.micro_batch_size, activation_checkpointing=found.activation_checkpointing)
+
+
+def find_card() -> Card | None:
+    """The smallest GPU that this process may use; None without one. Loads torch only where there is one."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidiactl")):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return Card(min(card.total_memory for card in cards), all(card.major >= 8 for card in cards))
+
+
+def predicted_memory(config: Config, ranks: int) -> int:
+    """Bytes on this machine's cards at the peak, of a run that `resolve` has settled."""
+    zero1 = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return _memory(config, ranks if zero1 else 1, _vocab_size(config))
+
+
+def _choices(config: Config, ranks: int) -> list[int]:
+    """Powers of two of rows that divide what a rank takes of every batch, up to MOST_TOKENS; 1 at least."""
+    tokens = math.gcd(config.batch_tokens, *(tokens for tokens, _ in parse_batch_ramp(config.batch_ramp)))
+    rows = tokens // (config.sequence_length * ranks)
+    return [1] + [n for n in (2**k for k in range(1, 31)) if rows % n == 0 and n * config.sequence_length <= MOST_TOKENS]
+
+
+def _memory(config: Config, shards: int, vocab_size: int) -> int:
+    parts = memory_by_part(config, shards, vocab_size)
+    if config.precision == "fp32":
+        parts["activations"] *= 2
+        parts["logits"] *= 2
+    if config.kernels == "plain":
+        parts["logits"] *= 5  # in fp32 again, and their gradient
+    if config.compile is False:
+        parts["activations"] *= 2  # GELU's intermediate results
+    return sum(parts.values())
+
+
+def _vocab_size(config: Config) -> int:
+    if config.tokenizer.startswith("train:"):
+        return int(config.tokenizer.removeprefix("train:"))
+    return GPT2_VOCAB_SIZE if config.tokenizer.endswith("gpt2") else UNKNOWN_VOCAB_SIZE
