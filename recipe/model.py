@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import types
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -49,7 +53,23 @@ def build_model(config: Config, vocab_size: int, end_of_text: int) -> Pretrainin
     )
     with torch.no_grad():
         gpt2.transformer.wte.weight[vocab_size:] = 0
+    if config.activation_checkpointing:
+        checkpoint_blocks(gpt2)
     return PretrainingModel(gpt2, vocab_size)
+
+
+def checkpoint_blocks(gpt2: GPT2LMHeadModel) -> None:
+    """Keep of each block its input alone, and compute the rest again in the backward. The gradients are the same: there is no
+    dropout. (transformers' own switch for it has another name from release to release.)"""
+    for block in gpt2.transformer.h:
+        block.forward = types.MethodType(_checkpointed_forward, block)
+
+
+def _checkpointed_forward(self: nn.Module, *args, **kwargs) -> torch.Tensor:
+    forward = functools.partial(type(self).forward, self)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class PretrainingModel(nn.Module):
