@@ -1,0 +1,32 @@
+# The recipe with CUDA's build of torch; the driver comes from the host (NVIDIA's container toolkit):
+#
+#   docker build -t gpt2-recipe .
+#   docker run --gpus all --ipc=host -v "$PWD/runs:/recipe/runs" gpt2-recipe \
+#     accelerate launch --config_file configs/accelerate/8xa100-zero1.yaml scripts/pretrain.py configs/gpt2-124m.yaml
+#   docker run --rm gpt2-recipe python scripts/pretrain.py --help
+#
+# --ipc=host: NCCL's ranks share memory, of which a container has 64 MB. `docker stop --time 120` leaves time to save.
+FROM python:3.12-slim-bookworm
+
+# Triton compiles its launchers; git names the commit in environment.json.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc g++ git \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /recipe
+# What changes seldom first: the packages are a layer of their own.
+COPY constraints.txt setup.py setup.cfg README.md LICENSE ./
+COPY recipe/__init__.py recipe/__init__.py
+COPY scripts/install.sh scripts/install.sh
+# torch first: install.sh takes the CPU's where it sees no GPU, as here.
+RUN python -m venv .venv \
+    && .venv/bin/python -m pip install --no-cache-dir --quiet "$(grep '^torch==' constraints.txt)" \
+    && PIP_NO_CACHE_DIR=1 bash scripts/install.sh .venv gpu
+COPY recipe recipe
+COPY configs configs
+COPY scripts scripts
+
+ENV PATH=/recipe/.venv/bin:$PATH
+STOPSIGNAL SIGTERM
+VOLUME /recipe/runs
+CMD ["python", "scripts/pretrain.py", "--help"]

@@ -1,0 +1,135 @@
+"""One node's part of a run on several: which of them it is, the launcher that it starts, and how that ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from recipe.cli import EXIT_CONFIG, EXIT_FAULT, EXIT_OK, EXIT_STOPPED
+from recipe.config import ConfigError
+from recipe.run_folder import RunFolder
+
+DEFAULT_PORT = 29_500
+
+
+@dataclass(frozen=True)
+class Node:
+    """This node among those of the run."""
+
+    rank: int
+    nodes: int
+    processes: int
+    """Of each node: one for a GPU."""
+    address: str
+    """The first node's, a name or an IP."""
+    port: int
+
+    def launch(self, accelerate_file: str, script: Path, arguments: list[str]) -> list[str]:
+        """The `accelerate launch` of this node."""
+        return [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_file,
+            "--num_machines", str(self.nodes), "--num_processes", str(self.nodes * self.processes),
+            "--machine_rank", str(self.rank), "--main_process_ip", self.address, "--main_process_port", str(self.port),
+            str(script), *arguments,
+        ]  # fmt: skip
+
+
+def this_node(environment: Mapping[str, str], accelerate_file: str) -> Node:
+    """What Slurm or SkyPilot say in the environment; a single node with the file's processes where neither does.
+
+    Raises:
+        ConfigError: if the accelerate file cannot be read.
+    """
+    try:
+        machine = yaml.safe_load(Path(accelerate_file).read_text(encoding="utf-8"))
+        processes = machine["num_processes"] // machine["num_machines"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"{accelerate_file}: not an accelerate file ({error}); take one of configs/accelerate") from error
+    if "SLURM_JOB_NODELIST" in environment:
+        gpus = environment.get("SLURM_GPUS_ON_NODE", str(processes))
+        # Two jobs may share a node.
+        port = 20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000
+        nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
+        return Node(
+            int(environment.get("SLURM_NODEID", "0")), nodes, int(gpus), first_host(environment["SLURM_JOB_NODELIST"]), port
+        )
+    if "SKYPILOT_NODE_IPS" in environment:
+        ips = environment["SKYPILOT_NODE_IPS"].split()
+        gpus = environment.get("SKYPILOT_NUM_GPUS_PER_NODE") or str(processes)
+        return Node(int(environment["SKYPILOT_NODE_RANK"]), len(ips), int(gpus), ips[0], DEFAULT_PORT)
+    return Node(0, 1, processes, "127.0.0.1", DEFAULT_PORT)
+
+
+def first_host(nodelist: str) -> str:
+    """The first of Slurm's hosts: `gpu[003-007,9],big1` is gpu003, as `scontrol show hostnames` has it."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodelist)
+    if not match:
+        raise ConfigError(f"SLURM_JOB_NODELIST: {nodelist!r} names no host")
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def run_node(node: Node, accelerate_file: str, script: Path, arguments: list[str], output_dir: str) -> int:
+    """Start this node's launcher, pass SIGTERM, SIGINT and SIGUSR1 on to it, and wait for it.
+
+    Returns:
+        0 the run is finished; 2 its configuration is bad; 75 start it again: it was stopped after saving, or a fault has ended
+        it that came after a new checkpoint; 1 a fault that came before any. The same on every node.
+    """
+    folder = RunFolder(Path(output_dir))
+    before, began = _newest_step(folder), time.time()
+    with tempfile.TemporaryDirectory() as temporary:
+        told = Path(temporary) / "code"
+        environment = os.environ | {
+            "PRETRAIN_EXIT_FILE": str(told),
+            # The launcher would die of a SIGUSR1 and leave its workers 30 s to save.
+            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            "PET_SHUTDOWN_TIMEOUT": os.environ.get("PET_SHUTDOWN_TIMEOUT", "120"),
+        }
+        # In a session of its own, so that a signal to our group reaches it once, through us.
+        launcher = subprocess.Popen(node.launch(accelerate_file, script, arguments), env=environment, start_new_session=True)
+        signalled = []
+
+        def pass_on(number: int, _frame: object) -> None:
+            if not signalled:  # a second one would end the workers without saving
+                signalled.append(number)
+                launcher.send_signal(signal.SIGTERM)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, pass_on)
+        code = launcher.wait()
+        if told.is_file():
+            code = int(told.read_text(encoding="utf-8"))
+        elif code:
+            # Who ends first takes the others with him, under SkyPilot: the first node may still be saving.
+            code = _told_by_the_folder(folder, began, float(environment["PET_SHUTDOWN_TIMEOUT"]))
+    if code in (EXIT_OK, EXIT_CONFIG, EXIT_STOPPED):
+        return code
+    return EXIT_STOPPED if _newest_step(folder) > before else EXIT_FAULT
+
+
+def _told_by_the_folder(folder: RunFolder, began: float, seconds: float) -> int:
+    """The exit code in status.json, once the run has ended; a fault if this start has not written one."""
+    deadline = time.monotonic() + seconds
+    path = folder.path / "status.json"
+    while time.monotonic() < deadline and path.is_file() and path.stat().st_mtime >= began:
+        status = json.loads(path.read_text(encoding="utf-8"))
+        if status["state"] != "running":
+            return status["exit_code"]
+        time.sleep(0.5)
+    return EXIT_FAULT
+
+
+def _newest_step(folder: RunFolder) -> int:
+    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.checkpoints.glob("step-*/MANIFEST.json")]
+    return max(steps, default=-1)
