@@ -140,17 +140,12 @@ def _fit(config: Config, machine: Machine) -> Fit | None:
 def tokens_per_second(config: Config, machine: Machine) -> tuple[float, bool]:
     """Tokens/s of the machine, and whether that was measured, on this very machine.
 
-    Computing takes what one GPU was measured or assumed to take. Gradients, fp32, are all-reduced and the weights, bf16,
-    gathered once a step, neither under the computing.
+    By recipe/scaling.py; with the micro batch of the config, or one row.
     """
-    measured = MEASURED.get((machine.gpu_name, config.n_layer, config.n_embd))
-    flops = flops_per_token(config, GPT2_VOCAB_SIZE)
-    single = measured or machine.gpu.mfu * peak_flops(machine.gpu.name) / flops
-    parameters, share = count_parameters(config, GPT2_VOCAB_SIZE), (machine.gpus - 1) / machine.gpus
-    rate = machine.gpu.bus if machine.gpus <= NODE else machine.gpu.network
-    exchange = (2 * 4 + 2) * parameters * share / rate
-    step = config.batch_tokens / (single * machine.gpus) + exchange
-    return config.batch_tokens / step, bool(measured) and machine.gpus == 1
+    from recipe.scaling import gpu_speed, step_time  # which takes the GPUs from here
+
+    _, measured = gpu_speed(config, machine)
+    return config.batch_tokens / step_time(config, machine).total, measured and machine.gpus == 1
 
 
 @dataclass(frozen=True)
@@ -200,7 +195,7 @@ def estimate(config: Config, machine: Machine, price_per_hour: float | None = No
         config = replace(config, micro_batch_size=chosen, activation_checkpointing=found.activation_checkpointing)
         memory = memory_by_part(config, machine.gpus)
     total = sum(memory.values()) if memory else None
-    speed, measured = tokens_per_second(config, machine)
+    speed, measured = tokens_per_second(config, machine)  # with the rows that fit
     parameters = count_parameters(config, GPT2_VOCAB_SIZE)
     tokens = _plan(config).total_tokens
     flops = flops_per_token(config, GPT2_VOCAB_SIZE)

@@ -5,6 +5,8 @@ python scripts/plan.py configs/gpt2-124m.yaml --table                        GPT
 python scripts/plan.py configs/gpt2-124m.yaml --machine 8xH100-80GB --price_per_hour 24 --budget 20
 python scripts/plan.py configs/gpt2-124m.yaml --machine 8xH100-80GB --deadline 2h
 
+python scripts/plan.py configs/gpt2-124m.yaml --machine H100-80GB --growth 1,8,64,512     what a token costs as GPUs grow
+
 Fields of the run may be given as to pretrain.py (`--max_tokens 5000000000`); --json prints everything as one object.
 """
 
@@ -12,12 +14,14 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipe.config import ConfigError, parse_config
 from recipe.estimate import GPUS, SIZES, Estimate, best_within, estimate, parse_machine, with_size
+from recipe.scaling import grow, growth_lines
 
 TABLE_COUNTS = (1, 8, 16, 64)
 
@@ -28,6 +32,13 @@ def parse_hours(text: str) -> float:
     if not text or not match:
         raise ConfigError(f"deadline: {text} is not a time such as 2h, 90m or 1h30m")
     return float(match[1] or 0) + float(match[2] or 0) / 60
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """`1,8,64` as numbers of GPUs."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ConfigError(f"growth: {text} is not a list of numbers of GPUs such as 1,8,64,512")
+    return tuple(int(count) for count in text.split(","))
 
 
 def lines(run: Estimate) -> list[str]:
@@ -80,6 +91,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--machine", help="COUNTxGPU, as 8xA100-80GB")
     parser.add_argument("--price_per_hour", type=float, help="dollars, for the whole machine")
     parser.add_argument("--table", action="store_true", help="GPT-2's sizes on many machines")
+    parser.add_argument("--growth", help="numbers of GPUs, as 1,8,64,512; a step's parts and the cost of a token on each")
     parser.add_argument("--budget", type=float, help="dollars; the best run that they buy")
     parser.add_argument("--deadline", help="2h, 90m; the best run that ends by then")
     parser.add_argument("--json", action="store_true")
@@ -98,6 +110,11 @@ def main(words: list[str]) -> int:
             print("\n".join(output) if not arguments.json else json.dumps(output))
             return 0
         machine = parse_machine(arguments.machine)
+        if arguments.growth:
+            counts = parse_counts(arguments.growth)
+            found = [asdict(one) for one in grow(config, machine.gpu_name, counts)]
+            print(json.dumps(found) if arguments.json else "\n".join(growth_lines(config, machine.gpu_name, counts)))
+            return 0
         if arguments.budget is not None or arguments.deadline:
             limits = [arguments.budget / arguments.price_per_hour] if arguments.budget is not None else []
             limits += [parse_hours(arguments.deadline)] if arguments.deadline else []

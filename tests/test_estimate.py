@@ -65,8 +65,11 @@ def test_the_measured_speed_is_given_as_it_is(config: Config) -> None:
 def test_eight_gpus_pay_for_the_exchange(config: Config) -> None:
     one, _ = tokens_per_second(config, parse_machine("A100-80GB"))
     eight, measured = tokens_per_second(config, parse_machine("8xA100-80GB"))
-    seconds = 524_288 / (8 * one) + 10 * 124_439_808 * 7 / 8 / 230e9
-    assert not measured and eight == pytest.approx(524_288 / seconds)
+    seconds = 524_288 / (8 * one) + 10 * 124_475_904 * 7 / 8 / 230e9
+    # And for what each step costs however few tokens a GPU has: 6.5 ms and 3.9 shared out, of which one GPU has an eighth in
+    # the time of its own speed.
+    seconds += (6.5e-3 + 3.9e-3 / 8) - 10.4e-3 / 8
+    assert not measured and eight == pytest.approx(524_288 / seconds, rel=1e-3)
     across, _ = tokens_per_second(config, parse_machine("16xA100-80GB"))
     assert across < 2 * eight  # the network between nodes is slower
 
