@@ -103,7 +103,7 @@ class Growth:
     """Of a step."""
     tokens_per_second: float | None = None
     cost: float | None = None
-    """Of a token, against that on one GPU."""
+    """Of a token, against that on one GPU, or on the fewest that hold the model."""
     problem: str | None = None
     """Why there is none, and what would work."""
 
