@@ -259,7 +259,7 @@ def test_presets_give_a_plan(path):
 
 def test_the_124m_preset_is_llm_c():
     path = next(p for p in PRESETS if p.stem == "gpt2-124m")
-    config, plan = load_run([str(path)], 8)
+    config, plan = load_run([str(path), "--micro_batch_size", "64"], 8)
     assert count_parameters(config, 50_257) == 124_439_808
     assert (plan.accumulation, plan.max_steps, plan.warmup_steps) == (1, 18_883, 700)
 
