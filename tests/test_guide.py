@@ -25,7 +25,7 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.stri
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
 STEPS = 16
-SMALL = TINY | {"max_steps": STEPS, "n_positions": 128, "evaluate_data": "mini", "evaluate_limit": 4}
+SMALL = TINY | {"max_steps": STEPS, "n_positions": 128, "warmup_steps": 4, "evaluate_data": "mini", "evaluate_limit": 4}
 del SMALL["tokenizer"]
 INSTEAD = {"--tokenizer": "train:600", "--warmup_steps": "4", "--max_epochs": "40"}
 """What a training command of the guide gives, on the small scale; the other fields of SMALL are appended."""
@@ -88,7 +88,7 @@ def small(command: str) -> str:
     """A command of the guide as one of seconds, on this machine."""
     words = shlex.split(command)
     if "--dry_run" in words:
-        return command
+        return f"{command} --output_dir runs/dry"  # the tiny run has the folder
     if words[0] == "hf":
         return f"{command} --help"
     if words[1] == "scripts/generate.py":
