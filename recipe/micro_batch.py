@@ -88,7 +88,7 @@ def resolve(config: Config, ranks: int, card: Card | None) -> Config:
     vocab_size, settled = _vocab_size(config), config
     if config.precision == "auto" and not card.bf16:
         config = replace(config, precision="fp32")
-    zero1 = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    zero1 = _zero1()
     found = fit(config, ranks, card.memory, vocab_size, zero1)
     if found is None and config.micro_batch_size is None:
         least = replace(config, micro_batch_size=1, activation_checkpointing=config.activation_checkpointing is not False)
@@ -112,14 +112,34 @@ def find_card() -> Card | None:
 
     if not torch.cuda.is_available():
         return None
+    # Before the first look at a card, or every rank of the node would keep a context on the first one.
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return Card(min(card.total_memory for card in cards), all(card.major >= 8 for card in cards))
 
 
-def predicted_memory(config: Config, ranks: int) -> int:
-    """Bytes on this machine's cards at the peak, of a run that `resolve` has settled."""
-    zero1 = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return _memory(config, ranks if zero1 else 1, _vocab_size(config))
+def check_alike(settled: list[tuple[int, bool]]) -> None:
+    """Whether every rank has settled for the same rows and the same way with activations.
+
+    Raises:
+        ConfigError: if the nodes' cards differ.
+    """
+    if len(set(settled)) > 1:
+        rows = min(rows for rows, _ in settled)
+        twice = str(any(twice for _, twice in settled)).lower()
+        raise ConfigError(
+            f"micro_batch_size: the cards differ in memory; give --micro_batch_size {rows} --activation_checkpointing {twice}, "
+            "which fits all of them"
+        )
+
+
+def predicted_memory(config: Config, ranks: int, vocab_size: int) -> float:
+    """GiB on each card at the peak, of a run that `resolve` has settled."""
+    return _memory(config, ranks if _zero1() else 1, vocab_size) / GIB
+
+
+def _zero1() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def _choices(config: Config, ranks: int) -> list[int]:

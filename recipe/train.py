@@ -24,6 +24,7 @@ from recipe.evaluation.items import read_items
 from recipe.evaluation.scoring import Interrupted
 from recipe.files import write_json
 from recipe.inputs import Inputs
+from recipe.micro_batch import check_alike, predicted_memory
 from recipe.model import build_model
 from recipe.monitor.metrics import MetricsLog, format_duration, progress_line
 from recipe.optim.groups import parameter_groups, state_kinds
@@ -118,6 +119,7 @@ class Run:
             # locked, only when the input has proved good.
             distributed.on_main(self.folder.lock)
         self.precision = resolve_precision(config.precision, distributed.cuda)
+        check_alike(distributed.gather((config.micro_batch_size, bool(config.activation_checkpointing))))
         self.hellaswag = None
         items = distributed.on_main(read_items, config.evaluate_data, config.hellaswag_items) if config.hellaswag_every else []
         self.inputs = Inputs(config, self.plan, self.folder, distributed)
@@ -160,11 +162,19 @@ class Run:
         self._open_metrics(start.step if start else -1)
         for line in self.plan.lines(config, self.encoder.vocab_size):
             self.say(line)
+        if distributed.cuda:
+            twice = ", activations computed twice" if config.activation_checkpointing else ""
+            self.say(f"memory predicted  {self._predicted_memory():.1f} GiB a GPU{twice}")
         self.say(
             f"engine            {type(self.engine).__name__}, {self.precision}, tokenised by "
             f"{self.inputs.encoder.engine}, {self.stream.num_shards} virtual shards"
         )
         self.say(f"kernels           {self.engine.model.kernels}")
+
+    def _predicted_memory(self) -> float | None:
+        if not self.distributed.cuda:
+            return None
+        return predicted_memory(self.config, self.plan.num_processes, self.encoder.vocab_size)
 
     def _open_stream(self, state: dict | None) -> None:
         """The rows from a checkpoint's state on, without what the user or a rollback has ruled out."""
@@ -213,7 +223,12 @@ class Run:
 
     def _claim_folder(self, text: str, start: checkpoint.Checkpoint | None) -> None:
         environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
-        self.folder.claim(self.config, environment | {"text": text})
+        settled = {
+            "micro_batch_size": self.config.micro_batch_size,
+            "activation_checkpointing": self.config.activation_checkpointing,
+            "predicted_memory_gib": self._predicted_memory(),
+        }
+        self.folder.claim(self.config, environment | settled | {"text": text})
         if start and self.config.resume != "auto":
             self._set_aside(start)
         self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")

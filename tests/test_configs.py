@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import ROOT
+from launch import ROOT, TINY, launch, options
 from recipe import cli, micro_batch
 from recipe.config import Config, ConfigError, load_config, to_yaml
 from recipe.estimate import estimate, parse_machine
-from recipe.micro_batch import Card, fit, resolve
+from recipe.micro_batch import Card, check_alike, fit, predicted_memory, resolve
 from recipe.plan import load_run
 
 GIB = 2**30
@@ -208,3 +208,35 @@ def test_the_micro_batch_is_settled(words: list[str], ranks: int, card: Card | N
 def test_a_model_that_fits_no_card_is_refused_with_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"micro_batch_size: one row takes \d+\.\d GiB .* 22\.3 to use; take a larger card"):
         resolve(config_of("gpt2-1558m"), 1, Card(24 * GIB))
+
+
+def test_cards_of_different_memory_are_refused_with_what_fits_all() -> None:
+    check_alike([(8, False), (8, False)])
+    with pytest.raises(ConfigError, match="give --micro_batch_size 4 --activation_checkpointing true, which fits"):
+        check_alike([(8, False), (4, True), (8, False)])
+
+
+def test_the_prediction_is_the_estimate_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("gpt2-1558m", "--micro_batch_size", "16")
+    known = estimate(config, parse_machine("8xH100-80GB"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert predicted_memory(config, 8, 50_257) == pytest.approx(known.memory_total / GIB)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    # Without ZeRO-1 each rank keeps the masters and moments that eight would share.
+    assert predicted_memory(config, 8, 50_257) - known.memory_total / GIB == pytest.approx(
+        12 * 1.5577e9 * 7 / 8 / GIB, rel=1e-3
+    )
+
+
+def test_what_was_settled_is_printed_and_recorded(tmp_path: Path, fineweb_folder: Path) -> None:
+    fields = TINY | {"data": fineweb_folder, "output_dir": tmp_path / "run", "max_steps": 2, "warmup_steps": 1}
+    del fields["micro_batch_size"]
+    output = launch("cpu", *options(**fields)).stdout
+    # 16 rows a step, and on a CPU eight at a time.
+    assert "(8 rows x 64 tokens x 1 ranks x 2 accumulation)" in output
+    for name in ("config.yaml", "environment.json"):
+        known = yaml.safe_load((tmp_path / "run" / name).read_text())
+        assert (known["micro_batch_size"], known["activation_checkpointing"]) == (8, False)
+    # The run may go on with other rows at a time, and with activations computed twice.
+    again = options(**fields | {"micro_batch_size": 2, "activation_checkpointing": "true"})
+    assert "finished" in launch("cpu", *again).stdout
