@@ -16,9 +16,9 @@ from recipe.estimate import GIB, USABLE_MEMORY, memory_by_part
 from recipe.plan import GPT2_VOCAB_SIZE
 
 MOST_TOKENS = 65_536
-"""A larger micro-step is not faster: an H100 is busy with a quarter of it, and memory is needed elsewhere too."""
+"""Tokens of the micro-steps whose speed was measured (docs/results.md). Larger ones were not tried."""
 ENOUGH_TOKENS = 4096
-"""Micro-steps below this leave a GPU idle; computing the activations twice, then costs less than it gains."""
+"""Assumed: shorter micro-steps leave a GPU idle by more than computing the activations twice costs, a third more work."""
 CPU_ROWS = 8
 UNKNOWN_VOCAB_SIZE = 2**18
 """Of a tokenizer that has not been read; few are larger."""

@@ -77,7 +77,7 @@ class Plan:
 
 
 def make_plan(config: Config, num_processes: int) -> Plan:
-    """Derive the numbers of a run over `num_processes` ranks.
+    """Derive the numbers of a run over `num_processes` ranks; without a micro_batch_size, for one row at a time.
 
     Raises:
         ConfigError: if batch_tokens, or a batch of the ramp, is not micro_batch_size x sequence_length x ranks x a whole
@@ -90,7 +90,7 @@ def make_plan(config: Config, num_processes: int) -> Plan:
     plan = Plan(
         num_processes=num_processes,
         tokens_per_step=config.batch_tokens,
-        accumulation=config.batch_tokens // (config.micro_batch_size * config.sequence_length * num_processes),
+        accumulation=config.batch_tokens // ((config.micro_batch_size or 1) * config.sequence_length * num_processes),
         rows_per_step=config.batch_tokens // config.sequence_length,
         max_steps=max_steps,
         warmup_steps=_count_steps(config.warmup_steps, max_steps),

@@ -118,7 +118,7 @@ def grow(config: Config, gpu_name: str, counts: tuple[int, ...]) -> list[Growth]
         machine = parse_machine(f"{gpus}x{gpu_name}")
         free = replace(config, micro_batch_size=None)
         try:
-            make_plan(replace(config, micro_batch_size=1), gpus)
+            make_plan(free, gpus)
         except ConfigError as error:
             found.append(Growth(gpus, problem="; ".join(error.problems)))
             continue
