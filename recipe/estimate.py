@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, replace
 
-from recipe.config import Config, ConfigError
+from recipe.config import Config, ConfigError, parse_batch_ramp
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters, flops_per_token, make_plan, padded_vocab_size, peak_flops
 
 GIB = 2**30
@@ -17,6 +17,8 @@ NODE = 8
 """GPUs of one machine."""
 USABLE_MEMORY = 0.93
 """Of a card's memory; the rest is CUDA's context, the caching allocator's gaps and NCCL's buffers."""
+ACTIVATIONS, PLAIN_ACTIVATIONS = 16, 28
+"""Numbers that a layer keeps for the backward pass, a token and unit of width: compiled or by our kernels, and by torch's."""
 
 
 @dataclass(frozen=True)
@@ -84,23 +86,32 @@ def parse_machine(name: str) -> Machine:
     return Machine(name, GPUS[match[2]], int(match[1] or 1), match[2])
 
 
-def memory_by_part(config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZE) -> dict[str, int]:
-    """Bytes on each GPU at the peak, in bf16 under ZeRO-1: when the loss has been computed and nothing was let go.
+def memory_by_part(
+    config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZE, precision: str = "bf16", plain: bool = False
+) -> dict[str, int]:
+    """Bytes on each device at the peak: when the loss has been computed and nothing was let go.
 
-    A layer keeps 32 times the width in bf16 for each token: two LayerNorms' outputs (2 + 2 bytes), q, k and v (6), the
-    attention's output (2), the sums after attention and MLP (2 + 2), and the GELU's input and output (8 + 8).
+    A layer keeps 16 numbers a token for each of its width: two LayerNorms' outputs (1 + 1), q, k and v (3), the attention's
+    output (1), the sums after attention and MLP (1 + 1), and the GELU's input and output (4 + 4).
+
+    Args:
+        ranks: that share masters and moments, as under ZeRO-1; 1 where each rank has them all.
+        plain: torch's own kernels, not compiled: GELU keeps three intermediates more, 4 numbers each, and the head fp32
+            logits, their softmax and the gradient.
     """
     padded = padded_vocab_size(vocab_size)
     parameters = count_parameters(config, padded)
     tokens = config.micro_batch_size * config.sequence_length
+    size = 2 if precision == "bf16" else 4
+    # In fp32 the masters are the weights, and gradients are summed where they lie.
+    copies = {"weights": 2, "gradients": 2, "gradient sums": 4} if precision == "bf16" else {"weights": 4, "gradient sums": 4}
+    masters = 4 if precision == "bf16" else 0
     return {
-        "weights": 2 * parameters,
-        "gradients": 2 * parameters,
-        "gradient sums": 4 * parameters,
-        "masters": 4 * parameters // ranks,
+        **{part: copy * parameters for part, copy in copies.items()},
+        "masters": masters * parameters // ranks,
         "moments": _moment_bytes(config, parameters) // ranks,
-        "activations": 32 * config.n_embd * config.n_layer * tokens,
-        "logits": 2 * padded * tokens,
+        "activations": (PLAIN_ACTIVATIONS if plain else ACTIVATIONS) * size * config.n_embd * config.n_layer * tokens,
+        "logits": (12 if plain else size) * padded * tokens,
     }
 
 
@@ -110,17 +121,20 @@ def _moment_bytes(config: Config, parameters: int) -> int:
     return 8 * parameters - saved
 
 
+def micro_batches(config: Config, ranks: int) -> list[int]:
+    """The rows of a micro-batch that divide the batch and those of its ramp over `ranks`, largest first."""
+    batches = [config.batch_tokens, *(tokens for tokens, _ in parse_batch_ramp(config.batch_ramp))]
+    rows, rest = divmod(math.gcd(*batches), config.sequence_length * ranks)
+    return [n for n in range(rows, 0, -1) if rows % n == 0] if not rest else []
+
+
 def largest_micro_batch(config: Config, machine: Machine) -> int | None:
     """The largest power of two of rows that fits the memory and divides the batch; None if not even one row does."""
-    best, rows = None, 1
-    while rows * config.sequence_length * machine.gpus <= config.batch_tokens:
+    for rows in micro_batches(config, machine.gpus):
         needed = sum(memory_by_part(replace(config, micro_batch_size=rows), machine.gpus).values())
-        if needed > USABLE_MEMORY * machine.gpu.memory * GIB:
-            break
-        if config.batch_tokens % (rows * config.sequence_length * machine.gpus) == 0:
-            best = rows
-        rows *= 2
-    return best
+        if rows & (rows - 1) == 0 and needed <= USABLE_MEMORY * machine.gpu.memory * GIB:
+            return rows
+    return None
 
 
 def tokens_per_second(config: Config, machine: Machine) -> tuple[float, bool]:

@@ -38,6 +38,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer, GPT2Tokenizer
 
+    from recipe.remedies import explain
+
     folder = Path(name)
     try:
         if (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
@@ -46,6 +48,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the Hub client, JSON and transformers raise a dozen types here; all mean the same
         where = "folder" if folder.exists() else "Hub id or folder"
+        if not folder.exists() and (known := explain(error)):
+            raise ConfigError(f"tokenizer: cannot load {name}: {known}, or give a folder or train:VOCAB_SIZE") from error
         raise ConfigError(
             f"tokenizer: cannot load {where} {name}: {first_line(error)}; name a Hub id, a folder with vocab.json and "
             "merges.txt or tokenizer.json, or train:VOCAB_SIZE"

@@ -236,10 +236,14 @@ def _resolve_hub(data: str, name: str) -> dict[str, list[str]]:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 
+    from recipe.remedies import explain
+
     parts = _HUB_ID.fullmatch(data)
     try:
         builder = load_dataset_builder(parts["repo"], parts["config"], revision=parts["revision"])
     except DatasetNotFoundError as error:
+        if known := explain(error):
+            raise ConfigError(f"{name}: {known}") from error
         raise ConfigError(
             f"{name}: {data} is neither a local path nor a dataset that the Hub shows to you; check the spelling, or log "
             "in with `hf auth login` if it is private"
@@ -253,6 +257,10 @@ def _resolve_hub(data: str, name: str) -> dict[str, list[str]]:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{name}: {data}: {first_line(error)}") from error
+    except Exception as error:  # what the Hub answers comes as one of a dozen types
+        if known := explain(error):
+            raise ConfigError(f"{name}: {known}") from error
+        raise
     files = builder.config.data_files or {}
     if not files:
         raise ConfigError(f"{name}: {data} has no data files that `datasets` can list")
