@@ -6,10 +6,13 @@ Speeds are measured where docs/results.md has a measurement, and marked as estim
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from recipe.config import Config, ConfigError, parse_batch_ramp
+from recipe.config import FINEWEB, INSTALLED_DOCS, Config, ConfigError, parse_batch_ramp
+from recipe.data.corpus import file_format, is_local, local_text_files
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters, flops_per_token, make_plan, padded_vocab_size, peak_flops
 
 GIB = 2**30
@@ -17,6 +20,8 @@ NODE = 8
 """GPUs of one machine."""
 USABLE_MEMORY = 0.93
 """Of a card's memory; the rest is CUDA's context, the caching allocator's gaps and NCCL's buffers."""
+BUCKET = 500_000_000
+"""Gradients that DeepSpeed exchanges at a time (recipe/zero1.py)."""
 ACTIVATIONS, PLAIN_ACTIVATIONS = 16, 28
 """Numbers that a layer keeps for the backward pass, a token and unit of width: compiled or by our kernels, and by torch's."""
 
@@ -38,6 +43,22 @@ class Gpu:
     """Causal MFU assumed where nothing was measured."""
     why: str
     """Where that comes from."""
+    cores: int = 0
+    """Of a CPU."""
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s in the precision that is trained in: bf16, on a CPU fp32."""
+        return CORE_FLOPS * self.cores if self.cores else peak_flops(self.name)
+
+
+CORE_FLOPS = 100e9
+"""fp32 peak of a core with AVX2 and two units, at 3 GHz."""
+
+
+def cpu(cores: int, memory: int) -> Gpu:
+    """A CPU, of `memory` GiB, in the place of a GPU."""
+    return Gpu("CPU", memory, 10e9, 1e9, 0.5, "as two cores of a server train the quickstart", cores)
 
 
 GPUS = {
@@ -47,6 +68,7 @@ GPUS = {
     "H200-141GB": Gpu("H200", 141, 340e9, 40e9, 0.44, "the H100's"),
     "RTX4090-24GB": Gpu("RTX 4090", 24, 20e9, 1.2e9, 0.50, "assumed"),
     "L4-24GB": Gpu("L4", 24, 20e9, 1.2e9, 0.45, "assumed"),
+    "CPU-8core": cpu(8, 32),
 }
 """By the name that `--machine 8xA100-80GB` uses."""
 
@@ -59,9 +81,16 @@ SIZES = {"124M": (12, 12, 768), "350M": (24, 16, 1024), "774M": (36, 20, 1280), 
 FINEWEB_BYTES_PER_TOKEN = 27.6e9 / 10_371_489_838
 """Of FineWeb's sample-10BT as parquet: its size by its dataset card, over its GPT-2 tokens."""
 
+FINEWEB_TOKENS = 10_371_489_838 + 14_868_862
+"""Of that sample: GPT-2's, and an end of text for each document."""
+
+BYTES_PER_TOKEN = {"parquet": 2.7, "txt": 4.4, "jsonl": 4.8, "jsonl.gz": 1.9}
+"""Of English files, about, by format (recipe/data/corpus.py)."""
+
 SCALING_FIT = (1.8172, 482.01, 0.3478, 2085.43, 0.3658)
 """E, A, alpha, B, beta of loss = E + A / N^alpha + B / D^beta (Besiroglu et al. 2024, a refit of Hoffmann et al. 2022). On
 other text and another tokenizer: it ranks runs, its values are not those of FineWeb."""
+FIT_SOURCE = "the scaling fit of Besiroglu et al. 2024 (of other text with another tokenizer: it ranks)"
 
 
 @dataclass(frozen=True)
@@ -72,6 +101,11 @@ class Machine:
     gpu: Gpu
     gpus: int
     gpu_name: str
+
+    @property
+    def usable(self) -> float:
+        """Bytes of each GPU that the training may fill."""
+        return USABLE_MEMORY * self.gpu.memory * GIB
 
 
 def parse_machine(name: str) -> Machine:
@@ -106,13 +140,16 @@ def memory_by_part(
     # In fp32 the masters are the weights, and gradients are summed where they lie.
     copies = {"weights": 2, "gradients": 2, "gradient sums": 4} if precision == "bf16" else {"weights": 4, "gradient sums": 4}
     masters = 4 if precision == "bf16" else 0
-    return {
+    memory = {
         **{part: copy * parameters for part, copy in copies.items()},
         "masters": masters * parameters // ranks,
         "moments": _moment_bytes(config, parameters) // ranks,
         "activations": (PLAIN_ACTIVATIONS if plain else ACTIVATIONS) * size * config.n_embd * config.n_layer * tokens,
         "logits": (12 if plain else size) * padded * tokens,
     }
+    # The gradients are exchanged in buckets when the activations are gone, and need memory of their own only beyond those.
+    bucket = 4 * min(BUCKET, parameters) if ranks > 1 else 0
+    return memory | {"buckets": max(0, bucket - memory["activations"] - memory["logits"])}
 
 
 def _moment_bytes(config: Config, parameters: int) -> int:
@@ -131,10 +168,14 @@ def micro_batches(config: Config, ranks: int) -> list[int]:
 def largest_micro_batch(config: Config, machine: Machine) -> int | None:
     """The largest power of two of rows that fits the memory and divides the batch; None if not even one row does."""
     for rows in micro_batches(config, machine.gpus):
-        needed = sum(memory_by_part(replace(config, micro_batch_size=rows), machine.gpus).values())
-        if rows & (rows - 1) == 0 and needed <= USABLE_MEMORY * machine.gpu.memory * GIB:
+        if rows & (rows - 1) == 0 and sum(_memory(config, machine, rows).values()) <= machine.usable:
             return rows
     return None
+
+
+def _memory(config: Config, machine: Machine, rows: int) -> dict[str, int]:
+    config, on_cpu = replace(config, micro_batch_size=rows), bool(machine.gpu.cores)
+    return memory_by_part(config, machine.gpus, precision="fp32" if on_cpu else "bf16", plain=on_cpu)
 
 
 def tokens_per_second(config: Config, machine: Machine) -> tuple[float, bool]:
@@ -145,7 +186,7 @@ def tokens_per_second(config: Config, machine: Machine) -> tuple[float, bool]:
     """
     measured = MEASURED.get((machine.gpu_name, config.n_layer, config.n_embd))
     flops = flops_per_token(config, GPT2_VOCAB_SIZE)
-    single = measured or machine.gpu.mfu * peak_flops(machine.gpu.name) / flops
+    single = measured or machine.gpu.mfu * machine.gpu.peak / flops
     parameters, share = count_parameters(config, GPT2_VOCAB_SIZE), (machine.gpus - 1) / machine.gpus
     rate = machine.gpu.bus if machine.gpus <= NODE else machine.gpu.network
     exchange = (2 * 4 + 2) * parameters * share / rate
@@ -171,7 +212,14 @@ class Estimate:
     basis: str
     """Where the speed comes from."""
     mfu: float
+    tokens_per_step: int
+    """After the ramp."""
+    steps: int
     tokens: int
+    data_tokens: int | None
+    """Of one pass over the text, as far as that is known."""
+    epochs: float | None
+    """Passes over the text."""
     flops: float
     hours: float
     dollars: float | None
@@ -180,7 +228,9 @@ class Estimate:
     disk_bytes: int
     """Of all that the run keeps at a time, one being written and the export included."""
     download_bytes: float
-    """Of FineWeb's parquet, the first epoch."""
+    """If the text is FineWeb's and comes from the Hub."""
+    download_bytes_per_second: float
+    """While training."""
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -194,14 +244,14 @@ def estimate(config: Config, machine: Machine, price_per_hour: float | None = No
     """
     chosen: int | None = config.micro_batch_size
     divides = config.batch_tokens % (config.micro_batch_size * config.sequence_length * machine.gpus) == 0
-    limit = USABLE_MEMORY * machine.gpu.memory * GIB
-    if not divides or sum(memory_by_part(config, machine.gpus).values()) > limit:
+    if not divides or sum(_memory(config, machine, config.micro_batch_size).values()) > machine.usable:
         chosen = largest_micro_batch(config, machine)
-    memory = memory_by_part(replace(config, micro_batch_size=chosen), machine.gpus) if chosen else None
+    memory = _memory(config, machine, chosen) if chosen else None
     total = sum(memory.values()) if memory else None
     speed, measured = tokens_per_second(config, machine)
     parameters = count_parameters(config, GPT2_VOCAB_SIZE)
-    tokens = _plan(config).total_tokens
+    plan, text = _plan(config), data_tokens(config)
+    tokens = plan.total_tokens
     flops = flops_per_token(config, GPT2_VOCAB_SIZE)
     hours = tokens / speed / 3600
     state = 4 * parameters + _moment_bytes(config, parameters)
@@ -218,19 +268,40 @@ def estimate(config: Config, machine: Machine, price_per_hour: float | None = No
         accumulation=config.batch_tokens // (chosen * config.sequence_length * machine.gpus) if chosen else None,
         memory=memory,
         memory_total=total,
-        fits=total is not None and total <= limit,
+        fits=total is not None and total <= machine.usable,
         tokens_per_second=speed,
         measured=measured,
         basis=basis,
-        mfu=speed * flops / (peak_flops(machine.gpu.name) * machine.gpus),
+        mfu=speed * flops / (machine.gpu.peak * machine.gpus),
+        tokens_per_step=plan.tokens_per_step,
+        steps=plan.max_steps,
         tokens=tokens,
+        data_tokens=text,
+        epochs=tokens / text if text else None,
         flops=float(tokens) * flops,
         hours=hours,
         dollars=hours * price_per_hour if price_per_hour is not None else None,
         checkpoint_bytes=state,
         disk_bytes=(config.keep_checkpoints + 1) * state + 4 * parameters,
         download_bytes=tokens * FINEWEB_BYTES_PER_TOKEN,
+        download_bytes_per_second=speed * FINEWEB_BYTES_PER_TOKEN,
     )
+
+
+def data_tokens(config: Config) -> int | None:
+    """Tokens of one pass over `data`, if that can be told without reading it: FineWeb's sample and prepared folders; about, of
+    local text by its size; None for the rest."""
+    if config.data.split("@")[0] == FINEWEB.split("@")[0]:
+        return FINEWEB_TOKENS
+    if config.data == INSTALLED_DOCS or not is_local(config.data):
+        return None
+    from recipe.data.token_index import UNIT_COLUMNS, is_prepared, read_index
+
+    if is_prepared(config.data):
+        column = UNIT_COLUMNS.index("tokens")
+        return sum(unit[column] for unit in read_index(Path(config.data).expanduser(), "data")["units"])
+    found = sum(os.path.getsize(file) / BYTES_PER_TOKEN[file_format(file)] for file in local_text_files(config.data))
+    return int(found) or None
 
 
 def _plan(config: Config) -> Plan:
