@@ -55,7 +55,7 @@ def _run(arguments: list[str]) -> int:
             if rank == 0:
                 from recipe.dry_run import dry_run
 
-                dry_run(config, plan)
+                dry_run(config, plan, folder)
             return EXIT_OK
         return _train(config, plan, folder, rank, parent)
     except ConfigError as error:

@@ -165,29 +165,29 @@ def micro_batches(config: Config, ranks: int) -> list[int]:
     return [n for n in range(rows, 0, -1) if rows % n == 0] if not rest else []
 
 
-def largest_micro_batch(config: Config, machine: Machine) -> int | None:
+def largest_micro_batch(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> int | None:
     """The largest power of two of rows that fits the memory and divides the batch; None if not even one row does."""
     for rows in micro_batches(config, machine.gpus):
-        if rows & (rows - 1) == 0 and sum(_memory(config, machine, rows).values()) <= machine.usable:
+        if rows & (rows - 1) == 0 and sum(_memory(config, machine, rows, vocab_size).values()) <= machine.usable:
             return rows
     return None
 
 
-def _memory(config: Config, machine: Machine, rows: int) -> dict[str, int]:
+def _memory(config: Config, machine: Machine, rows: int, vocab_size: int) -> dict[str, int]:
     config, on_cpu = replace(config, micro_batch_size=rows), bool(machine.gpu.cores)
-    return memory_by_part(config, machine.gpus, precision="fp32" if on_cpu else "bf16", plain=on_cpu)
+    return memory_by_part(config, machine.gpus, vocab_size, precision="fp32" if on_cpu else "bf16", plain=on_cpu)
 
 
-def tokens_per_second(config: Config, machine: Machine) -> tuple[float, bool]:
+def tokens_per_second(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> tuple[float, bool]:
     """Tokens/s of the machine, and whether that was measured, on this very machine.
 
     Computing takes what one GPU was measured or assumed to take. Gradients, fp32, are all-reduced and the weights, bf16,
     gathered once a step, neither under the computing.
     """
     measured = MEASURED.get((machine.gpu_name, config.n_layer, config.n_embd))
-    flops = flops_per_token(config, GPT2_VOCAB_SIZE)
+    flops = flops_per_token(config, vocab_size)
     single = measured or machine.gpu.mfu * machine.gpu.peak / flops
-    parameters, share = count_parameters(config, GPT2_VOCAB_SIZE), (machine.gpus - 1) / machine.gpus
+    parameters, share = count_parameters(config, vocab_size), (machine.gpus - 1) / machine.gpus
     rate = machine.gpu.bus if machine.gpus <= NODE else machine.gpu.network
     exchange = (2 * 4 + 2) * parameters * share / rate
     step = config.batch_tokens / (single * machine.gpus) + exchange
@@ -236,7 +236,9 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(config: Config, machine: Machine, price_per_hour: float | None = None) -> Estimate:
+def estimate(
+    config: Config, machine: Machine, price_per_hour: float | None = None, vocab_size: int = GPT2_VOCAB_SIZE
+) -> Estimate:
     """The run on the machine, with the micro batch of the config if it fits and divides, else the largest that does.
 
     Args:
@@ -244,15 +246,15 @@ def estimate(config: Config, machine: Machine, price_per_hour: float | None = No
     """
     chosen: int | None = config.micro_batch_size
     divides = config.batch_tokens % (config.micro_batch_size * config.sequence_length * machine.gpus) == 0
-    if not divides or sum(_memory(config, machine, config.micro_batch_size).values()) > machine.usable:
-        chosen = largest_micro_batch(config, machine)
-    memory = _memory(config, machine, chosen) if chosen else None
+    if not divides or sum(_memory(config, machine, config.micro_batch_size, vocab_size).values()) > machine.usable:
+        chosen = largest_micro_batch(config, machine, vocab_size)
+    memory = _memory(config, machine, chosen, vocab_size) if chosen else None
     total = sum(memory.values()) if memory else None
-    speed, measured = tokens_per_second(config, machine)
-    parameters = count_parameters(config, GPT2_VOCAB_SIZE)
+    speed, measured = tokens_per_second(config, machine, vocab_size)
+    parameters = count_parameters(config, vocab_size)
     plan, text = _plan(config), data_tokens(config)
     tokens = plan.total_tokens
-    flops = flops_per_token(config, GPT2_VOCAB_SIZE)
+    flops = flops_per_token(config, vocab_size)
     hours = tokens / speed / 3600
     state = 4 * parameters + _moment_bytes(config, parameters)
     if measured:

@@ -63,12 +63,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def obtain_tokenizer(name: str, training: Corpus, hold_out_part: bool) -> PreTrainedTokenizerFast:
+def obtain_tokenizer(
+    name: str, training: Corpus, hold_out_part: bool, train_on: int = TRAINING_BYTES
+) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a configuration, or train it on the beginning of the training text.
 
     Args:
         name: Hub id, folder or `train:VOCAB_SIZE`.
         hold_out_part: what may be held out of `training` for validation stays unseen.
+        train_on: bytes of text that one is trained on.
     Raises:
         ConfigError: if it cannot be loaded, or there is no text to train it on.
     """
@@ -82,7 +85,7 @@ def obtain_tokenizer(name: str, training: Corpus, hold_out_part: bool) -> PreTra
         size += len(text.encode("utf-8", "surrogatepass"))
         if size > held_out:
             texts.append(text)
-        if size > held_out + TRAINING_BYTES:
+        if size > held_out + train_on:
             break
     if not texts:
         raise ConfigError(f"tokenizer: {training.name} is too small to train a tokenizer on; name one instead")
