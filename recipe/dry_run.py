@@ -34,7 +34,7 @@ def dry_run(config: Config, plan: Plan, folder: RunFolder) -> None:
     """Print it all.
 
     Raises:
-        ConfigError: with all that would stop the run, after everything else is printed.
+        ConfigError: with all that would stop the run on any machine, after everything else is printed.
     """
     print(to_yaml(config), flush=True)
     problems: list[str] = []
@@ -46,7 +46,7 @@ def dry_run(config: Config, plan: Plan, folder: RunFolder) -> None:
             vocab_size = None
     print("\n".join(plan.lines(config, vocab_size)))
     _look_at_model(config, vocab_size or GPT2_VOCAB_SIZE)
-    _look_at_machine(config, plan, vocab_size or GPT2_VOCAB_SIZE, problems)
+    _look_at_machine(config, plan, vocab_size or GPT2_VOCAB_SIZE)
     _look_at_disk(config, plan, folder, vocab_size or GPT2_VOCAB_SIZE, problems)
     if problems:
         raise ConfigError(*problems)
@@ -173,13 +173,15 @@ def _look_at_model(config: Config, vocab_size: int) -> None:
     say("model", f"{type(gpt2).__name__}, {built - padding:,} parameters, and {padding:,} that pad the vocabulary")
 
 
-def _look_at_machine(config: Config, plan: Plan, vocab_size: int, problems: list[str]) -> None:
+def _look_at_machine(config: Config, plan: Plan, vocab_size: int) -> None:
+    """What it has; that it could not run this is no problem here, for the run may be meant for another."""
     import torch
 
     from recipe.distributed import resolve_precision
     from recipe.preflight import idle_gpu, machine_problems
 
-    problems += machine_problems(config)
+    for problem in machine_problems(config):
+        say("machine", f"NOT READY: {problem}")
     if idle := idle_gpu():
         say("machine", f"its NVIDIA GPU lies idle: {idle}")
     cuda = torch.cuda.is_available()
