@@ -144,7 +144,7 @@ def test_the_rows_shown_are_the_first_of_the_run(work: Path) -> None:
     for name in ("folder, its tokenizer", "prepared"):
         told = lines(result(work, name))
         begin = next(i for i, line in enumerate(told) if line.startswith("first batch")) + 1
-        assert [line for line in told[begin : begin + 3]] == expected
+        assert list(told[begin : begin + 3]) == expected
 
 
 def test_prepared_tokens_on_the_hub_are_not_downloaded(work: Path) -> None:
@@ -186,7 +186,8 @@ def test_the_documentation_of_the_packages(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, PRETRAIN, *arguments], env=environ, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert re.search(r"first batch +8 rows of 257 tokens", done.stdout)
-    assert not (tmp_path / "run").exists() and os.listdir(tmp_path / "tmp") == []
+    left = [name for name in os.listdir(tmp_path / "tmp") if not name.startswith("torchinductor")]  # torch's own
+    assert not (tmp_path / "run").exists() and left == []
 
 
 @pytest.mark.parametrize(
