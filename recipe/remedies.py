@@ -320,7 +320,7 @@ def _hub(error: BaseException, text: str, situation: Situation) -> Remedy | None
     if status is None and (unread or any(_is(link, *_UNREACHABLE) for link in _chain(error))):
         return Remedy(
             f"the Hub cannot be reached for {repo}",
-            "check the network, the proxy and HF_HUB_OFFLINE, or use local text (--data FOLDER or installed-docs)",
+            "check the network, the proxy and HF_HUB_OFFLINE, or use what is on this machine",
         )
     return None
 

@@ -48,10 +48,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the Hub client, JSON and transformers raise a dozen types here; all mean the same
         where = "folder" if folder.exists() else "Hub id or folder"
-        if not folder.exists() and (known := explain(error)):
-            raise ConfigError(f"tokenizer: cannot load {name}: {known}, or give a folder or train:VOCAB_SIZE") from error
+        why = explain(error) if where != "folder" else None
         raise ConfigError(
-            f"tokenizer: cannot load {where} {name}: {first_line(error)}; name a Hub id, a folder with vocab.json and "
+            f"tokenizer: cannot load {where} {name}: {why or first_line(error)}; name a Hub id, a folder with vocab.json and "
             "merges.txt or tokenizer.json, or train:VOCAB_SIZE"
         ) from error
     if not tokenizer.is_fast:
