@@ -145,7 +145,7 @@ RUNS = {
     "rate limit of a file": Case(
         {"data": "Org/busy"}, 2, ("status 429 Too Many Requests; log in with", "prepare_data.py", "attempts: 1")
     ),
-    "gated tokenizer": Case({"tokenizer": "Org/gated"}, 2, ("cannot load Hub id or folder Org/gated: Org/gated is gated; log in",)),
+    "gated tokenizer": Case({"tokenizer": "Org/gated"}, 2, ("or folder Org/gated: Org/gated is gated; log in",)),
 }  # fmt: skip
 
 SNIPPETS = {
