@@ -11,11 +11,16 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from recipe.config import Config, ConfigError
-from recipe.plan import Plan, load_run
+from recipe.config import Config, ConfigError, first_line
+from recipe.plan import GPT2_VOCAB_SIZE, Plan, load_run
+from recipe.remedies import Situation, explain
 from recipe.run_folder import RunFolder
 from recipe.signals import StopSignals, follow_the_launcher
+
+if TYPE_CHECKING:
+    from recipe.train import Run
 
 EXIT_OK, EXIT_FAULT, EXIT_CONFIG, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -50,7 +55,7 @@ def _run(arguments: list[str]) -> int:
             if rank == 0:
                 from recipe.dry_run import dry_run
 
-                dry_run(config, plan)
+                dry_run(config, plan, folder)
             return EXIT_OK
         return _train(config, plan, folder, rank, parent)
     except ConfigError as error:
@@ -60,6 +65,9 @@ def _run(arguments: list[str]) -> int:
             # The launcher ends all ranks when the first one exits: rank 0 must have spoken by then.
             time.sleep(2)
         return EXIT_CONFIG
+    except Exception as error:
+        report_fault(error, rank)
+        return EXIT_FAULT
 
 
 def report_problems(error: ConfigError) -> None:
@@ -67,6 +75,23 @@ def report_problems(error: ConfigError) -> None:
     count = len(error.problems)
     print(f"{count} problem{'s' * (count > 1)} with the configuration or the input:", file=sys.stderr)
     print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+
+
+def report_fault(error: Exception, rank: int, step: int | None = None, situation: Situation | None = None) -> str:
+    """Print what went wrong on stderr: where in the program, cause and remedy if they are known, and last what, on which rank.
+
+    Returns:
+        what and why in a line, for status.json.
+    """
+    traceback.print_exception(error)
+    known = explain(error, situation)
+    if known:
+        print(f"cause:  {known.cause}\nremedy: {known.remedy}", file=sys.stderr)
+    at_fault = rank if getattr(error, "rank", None) is None else error.rank
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    at = "" if step is None else f" at step {step}"
+    print(f"rank {at_fault} failed{at}: {reason}", file=sys.stderr, flush=True)
+    return f"{reason} | {known}" if known else reason
 
 
 def _train(config: Config, plan: Plan, folder: RunFolder, rank: int, parent: int) -> int:
@@ -82,6 +107,9 @@ def _train(config: Config, plan: Plan, folder: RunFolder, rank: int, parent: int
 
     signals = StopSignals(end_without_saving)
     follow_the_launcher(parent)
+    from recipe.preflight import check_machine
+
+    check_machine(config, rank)
     from recipe.train import Run
 
     run = Run(config, plan, folder, signals, started)
@@ -90,13 +118,14 @@ def _train(config: Config, plan: Plan, folder: RunFolder, rank: int, parent: int
     except ConfigError:
         raise
     except Exception as error:
-        traceback.print_exc()
+        reason = report_fault(error, rank, run.step, _situation(run, rank))
         at_fault = rank if getattr(error, "rank", None) is None else error.rank
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        print(f"rank {at_fault} failed at step {run.step}: {reason}", file=sys.stderr, flush=True)
         # A rank that only lost its connection knows less than the one that has spoken already.
         if folder.config.is_file() and not (at_fault != rank and folder.has_ended()):
-            folder.status("failed", EXIT_FAULT, run.step, plan.tokens_after(run.step), reason, at_fault)
+            try:
+                folder.status("failed", EXIT_FAULT, run.step, plan.tokens_after(run.step), reason, at_fault)
+            except OSError as unwritten:  # of a full disk, for one
+                print(f"rank {rank} could not write status.json: {unwritten}", file=sys.stderr, flush=True)
         return EXIT_FAULT
     if stopped_by is not None:
         if rank == 0:
@@ -106,3 +135,17 @@ def _train(config: Config, plan: Plan, folder: RunFolder, rank: int, parent: int
         folder.status("finished", EXIT_OK, run.step, plan.tokens_after(run.step))
         print(f"finished: {folder.path}", flush=True)
     return EXIT_OK
+
+
+def _situation(run: Run, rank: int) -> Situation:
+    """As far as the run had come when it failed."""
+    engine, encoder = getattr(run, "engine", None), getattr(run, "encoder", None)
+    return Situation(
+        config=run.config,
+        ranks=run.plan.num_processes,
+        rank=rank,
+        vocab_size=encoder.vocab_size if encoder else GPT2_VOCAB_SIZE,
+        precision=getattr(run, "precision", "fp32"),
+        plain=not (engine and engine.compiled),
+        zero1=os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+    )

@@ -168,6 +168,8 @@ class TrainingConfig:
     """Keep the checkpoint with the lowest validation loss as well (of those saved at a step with one)."""
     log_every: int = 10
     """Steps between progress lines. metrics.jsonl has every step regardless."""
+    report_to: typing.Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """A tracker that gets what metrics.jsonl has; its package must be installed."""
 
 
 @dataclass(kw_only=True)
@@ -224,7 +226,7 @@ NOT_PART_OF_THE_RUN = frozenset(
     "sample_every evaluate_tasks evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size "
     "activation_checkpointing "
     "compile kernels max_epochs keep_every keep_best max_hours watchdog_seconds on_nonfinite spike_action spike_threshold "
-    "spike_window".split()
+    "spike_window report_to".split()
 )
 """Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
 

@@ -51,6 +51,7 @@ class Engine:
 
     Attributes:
         model: the PretrainingModel, in the precision of the run.
+        compiled: whether torch.compile makes its forward.
     """
 
     def __init__(self, model: PretrainingModel, config: Config, plan: Plan, distributed: Distributed, precision: str):
@@ -59,8 +60,8 @@ class Engine:
         self.model = model
         model.use(choose_kernels(config, precision, distributed.device))
         self.parameter_groups = parameter_groups(model, config)
-        compiled = config.compile if config.compile is not None else distributed.cuda
-        if compiled:
+        self.compiled = config.compile if config.compile is not None else distributed.cuda
+        if self.compiled:
             # Parameter names stay, the eager GPT2LMHeadModel inside stays usable for generation, and DeepSpeed's hooks,
             # which cannot be compiled, stay outside.
             model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)

@@ -6,11 +6,14 @@ Speeds are measured where docs/results.md has a measurement, and marked as estim
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipe.config import Config, ConfigError
+from recipe.config import FINEWEB, INSTALLED_DOCS, Config, ConfigError, parse_batch_ramp
+from recipe.data.corpus import file_format, is_local, local_text_files
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters, flops_per_token, make_plan, padded_vocab_size, peak_flops
 
 if TYPE_CHECKING:
@@ -21,6 +24,10 @@ NODE = 8
 """GPUs of one machine."""
 USABLE_MEMORY = 0.93
 """Of a card's memory; the rest is CUDA's context, the caching allocator's gaps and NCCL's buffers."""
+BUCKET = 500_000_000
+"""Gradients that DeepSpeed exchanges at a time (recipe/zero1.py)."""
+ACTIVATIONS, PLAIN_ACTIVATIONS = 16, 28
+"""Numbers that a layer keeps for the backward pass, a token and unit of width: compiled or by our kernels, and by torch's."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,22 @@ class Gpu:
     """Causal MFU assumed where nothing was measured."""
     why: str
     """Where that comes from."""
+    cores: int = 0
+    """Of a CPU."""
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s in the precision that is trained in: bf16, on a CPU fp32."""
+        return CORE_FLOPS * self.cores if self.cores else peak_flops(self.name)
+
+
+CORE_FLOPS = 100e9
+"""fp32 peak of a core with AVX2 and two units, at 3 GHz."""
+
+
+def cpu(cores: int, memory: int) -> Gpu:
+    """A CPU, of `memory` GiB, in the place of a GPU."""
+    return Gpu("CPU", memory, 10e9, 1e9, 0.5, "as two cores of a server train the quickstart", cores)
 
 
 GPUS = {
@@ -49,6 +72,7 @@ GPUS = {
     "H200-141GB": Gpu("H200", 141, 340e9, 40e9, 0.44, "the H100's"),
     "RTX4090-24GB": Gpu("RTX 4090", 24, 20e9, 1.2e9, 0.50, "assumed"),
     "L4-24GB": Gpu("L4", 24, 20e9, 1.2e9, 0.45, "assumed"),
+    "CPU-8core": cpu(8, 32),
 }
 """By the name that `--machine 8xA100-80GB` uses."""
 
@@ -61,9 +85,16 @@ SIZES = {"124M": (12, 12, 768), "350M": (24, 16, 1024), "774M": (36, 20, 1280), 
 FINEWEB_BYTES_PER_TOKEN = 27.6e9 / 10_371_489_838
 """Of FineWeb's sample-10BT as parquet: its size by its dataset card, over its GPT-2 tokens."""
 
+FINEWEB_TOKENS = 10_371_489_838 + 14_868_862
+"""Of that sample: GPT-2's, and an end of text for each document."""
+
+BYTES_PER_TOKEN = {"parquet": 2.7, "txt": 4.4, "jsonl": 4.8, "jsonl.gz": 1.9}
+"""Of English files, about, by format (recipe/data/corpus.py)."""
+
 SCALING_FIT = (1.8172, 482.01, 0.3478, 2085.43, 0.3658)
 """E, A, alpha, B, beta of loss = E + A / N^alpha + B / D^beta (Besiroglu et al. 2024, a refit of Hoffmann et al. 2022). On
 other text and another tokenizer: it ranks runs, its values are not those of FineWeb."""
+FIT_SOURCE = "the scaling fit of Besiroglu et al. 2024 (of other text with another tokenizer: it ranks)"
 
 
 @dataclass(frozen=True)
@@ -74,6 +105,11 @@ class Machine:
     gpu: Gpu
     gpus: int
     gpu_name: str
+
+    @property
+    def usable(self) -> float:
+        """Bytes of each GPU that the training may fill."""
+        return USABLE_MEMORY * self.gpu.memory * GIB
 
 
 def parse_machine(name: str) -> Machine:
@@ -88,27 +124,39 @@ def parse_machine(name: str) -> Machine:
     return Machine(name, GPUS[match[2]], int(match[1] or 1), match[2])
 
 
-def memory_by_part(config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZE) -> dict[str, int]:
-    """Bytes on each GPU at the peak, in bf16 under ZeRO-1: when the loss has been computed and nothing was let go.
+def memory_by_part(
+    config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZE, precision: str = "bf16", plain: bool = False
+) -> dict[str, int]:
+    """Bytes on each device at the peak: when the loss has been computed and nothing was let go.
 
-    A layer keeps 32 times the width in bf16 for each token: two LayerNorms' outputs (2 + 2 bytes), q, k and v (6), the
-    attention's output (2), the sums after attention and MLP (2 + 2), and the GELU's input and output (8 + 8). With activation
-    checkpointing only its input (2) and, while one layer is computed again, that layer's 32.
+    A layer keeps 16 numbers a token for each of its width: two LayerNorms' outputs (1 + 1), q, k and v (3), the attention's
+    output (1), the sums after attention and MLP (1 + 1), and the GELU's input and output (4 + 4). With activation
+    checkpointing only its input (1) and, while one layer is computed again, what that layer keeps.
+
+    Args:
+        ranks: that share masters and moments, as under ZeRO-1; 1 where each rank has them all.
+        plain: torch's own kernels, not compiled: GELU keeps three intermediates more, 4 numbers each, and the head fp32
+            logits, their softmax and the gradient.
     """
     padded = padded_vocab_size(vocab_size)
     parameters = count_parameters(config, padded)
     tokens = config.micro_batch_size * config.sequence_length
-    return {
-        "weights": 2 * parameters,
-        "gradients": 2 * parameters,
-        "gradient sums": 4 * parameters,
-        "masters": 4 * parameters // ranks,
+    size = 2 if precision == "bf16" else 4
+    # In fp32 the masters are the weights, and gradients are summed where they lie.
+    copies = {"weights": 2, "gradients": 2, "gradient sums": 4} if precision == "bf16" else {"weights": 4, "gradient sums": 4}
+    masters = 4 if precision == "bf16" else 0
+    kept = PLAIN_ACTIVATIONS if plain else ACTIVATIONS
+    layers = config.n_layer + kept if config.activation_checkpointing else kept * config.n_layer
+    memory = {
+        **{part: copy * parameters for part, copy in copies.items()},
+        "masters": masters * parameters // ranks,
         "moments": _moment_bytes(config, parameters) // ranks,
-        "activations": (2 * config.n_layer + 32 if config.activation_checkpointing else 32 * config.n_layer)
-        * config.n_embd
-        * tokens,
-        "logits": 2 * padded * tokens,
+        "activations": layers * size * config.n_embd * tokens,
+        "logits": (12 if plain else size) * padded * tokens,
     }
+    # The gradients are exchanged in buckets when the activations are gone, and need memory of their own only beyond those.
+    bucket = 4 * min(BUCKET, parameters) if ranks > 1 else 0
+    return memory | {"buckets": max(0, bucket - memory["activations"] - memory["logits"])}
 
 
 def _moment_bytes(config: Config, parameters: int) -> int:
@@ -117,35 +165,50 @@ def _moment_bytes(config: Config, parameters: int) -> int:
     return 8 * parameters - saved
 
 
-def largest_micro_batch(config: Config, machine: Machine) -> int | None:
+def micro_batches(config: Config, ranks: int) -> list[int]:
+    """The rows of a micro-batch that divide the batch and those of its ramp over `ranks`, largest first."""
+    batches = [config.batch_tokens, *(tokens for tokens, _ in parse_batch_ramp(config.batch_ramp))]
+    rows, rest = divmod(math.gcd(*batches), config.sequence_length * ranks)
+    return [n for n in range(rows, 0, -1) if rows % n == 0] if not rest else []
+
+
+def largest_micro_batch(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> int | None:
     """The largest power of two of rows that fits the memory and divides the batch; None if not even one row does."""
-    found = _fit(replace(config, micro_batch_size=None), machine)
+    found = _fit(replace(config, micro_batch_size=None), machine, vocab_size)
     return found.micro_batch_size if found else None
 
 
-def _fit(config: Config, machine: Machine) -> Fit | None:
+def _fit(config: Config, machine: Machine, vocab_size: int) -> Fit | None:
     """What the machine's cards hold: with the micro batch of the config if it divides and fits, else the largest that does."""
     from recipe.micro_batch import fit  # which is built on memory_by_part
 
+    if machine.gpu.cores:
+        twice = bool(config.activation_checkpointing)  # never by itself, see micro_batch.resolve
+        config = replace(config, precision="fp32", kernels="plain", compile=False, activation_checkpointing=twice)
     given = config.micro_batch_size
     if given and config.batch_tokens % (given * config.sequence_length * machine.gpus) == 0:
-        found = fit(config, machine.gpus, machine.gpu.memory * GIB)
+        found = fit(config, machine.gpus, machine.gpu.memory * GIB, vocab_size)
         if found:
             return found
     if config.batch_tokens % (config.sequence_length * machine.gpus):
         return None
-    return fit(replace(config, micro_batch_size=None), machine.gpus, machine.gpu.memory * GIB)
+    return fit(replace(config, micro_batch_size=None), machine.gpus, machine.gpu.memory * GIB, vocab_size)
 
 
-def tokens_per_second(config: Config, machine: Machine) -> tuple[float, bool]:
+def _memory(config: Config, machine: Machine, vocab_size: int) -> dict[str, int]:
+    on_cpu = bool(machine.gpu.cores)
+    return memory_by_part(config, machine.gpus, vocab_size, precision="fp32" if on_cpu else "bf16", plain=on_cpu)
+
+
+def tokens_per_second(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> tuple[float, bool]:
     """Tokens/s of the machine, and whether that was measured, on this very machine.
 
     By recipe/scaling.py; with the micro batch of the config, or one row.
     """
     from recipe.scaling import gpu_speed, step_time  # which takes the GPUs from here
 
-    _, measured = gpu_speed(config, machine)
-    return config.batch_tokens / step_time(config, machine).total, measured and machine.gpus == 1
+    _, measured = gpu_speed(config, machine, vocab_size)
+    return config.batch_tokens / step_time(config, machine, vocab_size).total, measured and machine.gpus == 1
 
 
 @dataclass(frozen=True)
@@ -167,7 +230,14 @@ class Estimate:
     basis: str
     """Where the speed comes from."""
     mfu: float
+    tokens_per_step: int
+    """After the ramp."""
+    steps: int
     tokens: int
+    data_tokens: int | None
+    """Of one pass over the text, as far as that is known."""
+    epochs: float | None
+    """Passes over the text."""
     flops: float
     hours: float
     dollars: float | None
@@ -176,29 +246,34 @@ class Estimate:
     disk_bytes: int
     """Of all that the run keeps at a time, one being written and the export included."""
     download_bytes: float
-    """Of FineWeb's parquet, the first epoch."""
+    """If the text is FineWeb's and comes from the Hub."""
+    download_bytes_per_second: float
+    """While training."""
 
     def as_dict(self) -> dict:
         return asdict(self)
 
 
-def estimate(config: Config, machine: Machine, price_per_hour: float | None = None) -> Estimate:
+def estimate(
+    config: Config, machine: Machine, price_per_hour: float | None = None, vocab_size: int = GPT2_VOCAB_SIZE
+) -> Estimate:
     """The run on the machine, with the micro batch of the config if it fits and divides, else the largest that does.
 
     Args:
         price_per_hour: dollars for the whole machine.
     """
-    found = _fit(config, machine)
+    found = _fit(config, machine, vocab_size)
     chosen, memory = None, None
     if found:
         chosen = found.micro_batch_size
         config = replace(config, micro_batch_size=chosen, activation_checkpointing=found.activation_checkpointing)
-        memory = memory_by_part(config, machine.gpus)
+        memory = _memory(config, machine, vocab_size)
     total = sum(memory.values()) if memory else None
-    speed, measured = tokens_per_second(config, machine)  # with the rows that fit
-    parameters = count_parameters(config, GPT2_VOCAB_SIZE)
-    tokens = _plan(config).total_tokens
-    flops = flops_per_token(config, GPT2_VOCAB_SIZE)
+    speed, measured = tokens_per_second(config, machine, vocab_size)  # with the rows that fit
+    parameters = count_parameters(config, vocab_size)
+    plan, text = _plan(config), data_tokens(config)
+    tokens = plan.total_tokens
+    flops = flops_per_token(config, vocab_size)
     hours = tokens / speed / 3600
     state = 4 * parameters + _moment_bytes(config, parameters)
     if measured:
@@ -219,15 +294,36 @@ def estimate(config: Config, machine: Machine, price_per_hour: float | None = No
         tokens_per_second=speed,
         measured=measured,
         basis=basis,
-        mfu=speed * flops / (peak_flops(machine.gpu.name) * machine.gpus),
+        mfu=speed * flops / (machine.gpu.peak * machine.gpus),
+        tokens_per_step=plan.tokens_per_step,
+        steps=plan.max_steps,
         tokens=tokens,
+        data_tokens=text,
+        epochs=tokens / text if text else None,
         flops=float(tokens) * flops,
         hours=hours,
         dollars=hours * price_per_hour if price_per_hour is not None else None,
         checkpoint_bytes=state,
         disk_bytes=(config.keep_checkpoints + 1) * state + 4 * parameters,
         download_bytes=tokens * FINEWEB_BYTES_PER_TOKEN,
+        download_bytes_per_second=speed * FINEWEB_BYTES_PER_TOKEN,
     )
+
+
+def data_tokens(config: Config) -> int | None:
+    """Tokens of one pass over `data`, if that can be told without reading it: FineWeb's sample and prepared folders; about, of
+    local text by its size; None for the rest."""
+    if config.data.split("@")[0] == FINEWEB.split("@")[0]:
+        return FINEWEB_TOKENS
+    if config.data == INSTALLED_DOCS or not is_local(config.data):
+        return None
+    from recipe.data.token_index import UNIT_COLUMNS, is_prepared, read_index
+
+    if is_prepared(config.data):
+        column = UNIT_COLUMNS.index("tokens")
+        return sum(unit[column] for unit in read_index(Path(config.data).expanduser(), "data")["units"])
+    found = sum(os.path.getsize(file) / BYTES_PER_TOKEN[file_format(file)] for file in local_text_files(config.data))
+    return int(found) or None
 
 
 def _plan(config: Config) -> Plan:

@@ -150,15 +150,10 @@ def _choices(config: Config, ranks: int) -> list[int]:
 
 
 def _memory(config: Config, shards: int, vocab_size: int) -> int:
-    parts = memory_by_part(config, shards, vocab_size)
-    if config.precision == "fp32":
-        parts["activations"] *= 2
-        parts["logits"] *= 2
-    if config.kernels == "plain":
-        parts["logits"] *= 5  # in fp32 again, and their gradient
-    if config.compile is False:
-        parts["activations"] *= 2  # GELU's intermediate results
-    return sum(parts.values())
+    precision = "fp32" if config.precision == "fp32" else "bf16"
+    # Of torch's kernels and of what is not compiled the one that takes more, where it is either.
+    plain = config.kernels == "plain" or config.compile is False
+    return sum(memory_by_part(config, shards, vocab_size, precision, plain).values())
 
 
 def _vocab_size(config: Config) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from recipe.config import Config, ConfigError, parse_batch_ramp, parse_config
 from recipe.data.corpus import check_data_exists
 from recipe.evaluation.items import local_files
+from recipe.monitor.trackers import tracker_problems
 
 GPT2_VOCAB_SIZE = 50_257
 VOCAB_MULTIPLE = 128
@@ -201,7 +202,7 @@ def load_run(arguments: list[str], num_processes: int) -> tuple[Config, Plan]:
     problems += check_data_exists("data", config.data)
     if config.validation_data is not None:
         problems += check_data_exists("validation_data", config.validation_data)
-    problems += _evaluate_data_problems(config)
+    problems += _evaluate_data_problems(config) + tracker_problems(config)
     if problems:
         raise ConfigError(*problems)
     from recipe.micro_batch import find_card, resolve

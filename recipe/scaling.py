@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, replace
 
 from recipe.config import Config, ConfigError
 from recipe.estimate import MEASURED, NODE, Machine, parse_machine
-from recipe.plan import GPT2_VOCAB_SIZE, count_parameters, flops_per_token, make_plan, padded_vocab_size, peak_flops
+from recipe.plan import GPT2_VOCAB_SIZE, count_parameters, flops_per_token, make_plan, padded_vocab_size
 
 MEASURED_STEP = 524_288
 """Tokens of the steps at which a GPU's speed was measured."""
@@ -58,29 +58,29 @@ def exchanged_bytes(config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZ
     return 4 * parameters, 2 * parameters
 
 
-def gpu_speed(config: Config, machine: Machine) -> tuple[float, bool]:
+def gpu_speed(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> tuple[float, bool]:
     """Tokens/s of one GPU in steps of MEASURED_STEP tokens, and whether that was measured."""
     measured = MEASURED.get((machine.gpu_name, config.n_layer, config.n_embd))
-    assumed = machine.gpu.mfu * peak_flops(machine.gpu.name) / flops_per_token(config, GPT2_VOCAB_SIZE)
+    assumed = machine.gpu.mfu * machine.gpu.peak / flops_per_token(config, vocab_size)
     return measured or assumed, bool(measured)
 
 
-def step_time(config: Config, machine: Machine) -> StepTime:
+def step_time(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> StepTime:
     """A step of the run with its micro batch; without one, of rows enough."""
-    ranks, parameters = machine.gpus, count_parameters(config, GPT2_VOCAB_SIZE)
+    ranks, parameters = machine.gpus, count_parameters(config, vocab_size)
     scale = parameters / FIXED_PARAMETERS
     fixed, optimizer = FIXED_SECONDS * scale, OPTIMIZER_SECONDS * scale
-    rate, _ = gpu_speed(config, machine)
+    rate, _ = gpu_speed(config, machine, vocab_size)
     a_token = (MEASURED_STEP / rate - fixed - optimizer) / MEASURED_STEP
     if config.activation_checkpointing:
         # The blocks' forward once more, a third of what the blocks take forward and backward.
-        a_token *= 1 + (1 - 6 * GPT2_VOCAB_SIZE * config.n_embd / flops_per_token(config, GPT2_VOCAB_SIZE)) / 3
+        a_token *= 1 + (1 - 6 * vocab_size * config.n_embd / flops_per_token(config, vocab_size)) / 3
     tokens = config.batch_tokens / ranks
     computing = tokens * a_token
     if config.micro_batch_size:
         micro_steps = tokens / (config.micro_batch_size * config.sequence_length)
         computing = max(computing, micro_steps * config.n_layer * KERNELS_A_LAYER * LAUNCH_SECONDS)
-    reduced, gathered = exchanged_bytes(config, ranks)
+    reduced, gathered = exchanged_bytes(config, ranks, vocab_size)
     link, share = machine.gpu.bus if ranks <= NODE else machine.gpu.network, (ranks - 1) / ranks
     latency = math.ceil(parameters / BUCKET) * HOP_SECONDS * math.log2(ranks)
     return StepTime(

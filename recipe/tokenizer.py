@@ -38,6 +38,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer, GPT2Tokenizer
 
+    from recipe.remedies import explain
+
     folder = Path(name)
     try:
         if (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
@@ -46,8 +48,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the Hub client, JSON and transformers raise a dozen types here; all mean the same
         where = "folder" if folder.exists() else "Hub id or folder"
+        why = explain(error) if where != "folder" else None
         raise ConfigError(
-            f"tokenizer: cannot load {where} {name}: {first_line(error)}; name a Hub id, a folder with vocab.json and "
+            f"tokenizer: cannot load {where} {name}: {why or first_line(error)}; name a Hub id, a folder with vocab.json and "
             "merges.txt or tokenizer.json, or train:VOCAB_SIZE"
         ) from error
     if not tokenizer.is_fast:
@@ -59,12 +62,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def obtain_tokenizer(name: str, training: Corpus, hold_out_part: bool) -> PreTrainedTokenizerFast:
+def obtain_tokenizer(
+    name: str, training: Corpus, hold_out_part: bool, train_on: int = TRAINING_BYTES
+) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a configuration, or train it on the beginning of the training text.
 
     Args:
         name: Hub id, folder or `train:VOCAB_SIZE`.
         hold_out_part: what may be held out of `training` for validation stays unseen.
+        train_on: bytes of text that one is trained on.
     Raises:
         ConfigError: if it cannot be loaded, or there is no text to train it on.
     """
@@ -78,7 +84,7 @@ def obtain_tokenizer(name: str, training: Corpus, hold_out_part: bool) -> PreTra
         size += len(text.encode("utf-8", "surrogatepass"))
         if size > held_out:
             texts.append(text)
-        if size > held_out + TRAINING_BYTES:
+        if size > held_out + train_on:
             break
     if not texts:
         raise ConfigError(f"tokenizer: {training.name} is too small to train a tokenizer on; name one instead")

@@ -27,6 +27,7 @@ from recipe.inputs import Inputs
 from recipe.micro_batch import check_alike, predicted_memory
 from recipe.model import build_model
 from recipe.monitor.metrics import MetricsLog, format_duration, progress_line
+from recipe.monitor.trackers import Reporter, start_reporting
 from recipe.optim.groups import parameter_groups, state_kinds
 from recipe.optim.schedule import hyperparameters
 from recipe.plan import Plan, flops_per_token, peak_flops
@@ -49,6 +50,7 @@ class Run:
         self.config, self.plan, self.folder, self.signals, self._started = config, plan, folder, signals, started
         self.step = 0
         """Optimizer steps done."""
+        self.reporter: Reporter | None = None
         self._recovery = Recovery(config)
         self._evaluation_due, self._evaluated = False, []
         self._lineage: list[int] = []
@@ -69,6 +71,9 @@ class Run:
         except Exception as error:
             self._explain(error)
             raise
+        finally:
+            if self.reporter is not None:
+                self.reporter.finish(10)
         self.stream.close()
         self.metrics.close()
         main = self.distributed.is_main
@@ -159,6 +164,8 @@ class Run:
             self._load(start, full_state, state)
             self.say(f"continuing from {start.path} at step {start.step}")
         distributed.on_main(self._claim_folder, self.inputs.training.name, start)
+        if distributed.is_main:
+            self.reporter = start_reporting(config, self.folder.path, self.say)
         self._open_metrics(start.step if start else -1)
         for line in self.plan.lines(config, self.encoder.vocab_size):
             self.say(line)
@@ -218,7 +225,7 @@ class Run:
     def _open_metrics(self, step: int) -> None:
         """Go on with metrics.jsonl behind `step`."""
         path = self.folder.metrics if self.distributed.is_main else Path(os.devnull)
-        self.metrics = MetricsLog(path, step if self.distributed.is_main else None)
+        self.metrics = MetricsLog(path, step if self.distributed.is_main else None, self.reporter)
         self._record_position(self.step)
 
     def _claim_folder(self, text: str, start: checkpoint.Checkpoint | None) -> None:

@@ -17,10 +17,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from recipe.config import ConfigError, parse_config
-from recipe.estimate import GPUS, SIZES, Estimate, best_within, estimate, parse_machine, with_size
+from recipe.estimate import FIT_SOURCE, GPUS, SIZES, Estimate, best_within, estimate, parse_machine, with_size
 from recipe.scaling import grow, growth_lines
 
 TABLE_COUNTS = (1, 8, 16, 64)
@@ -57,30 +57,38 @@ def lines(run: Estimate) -> list[str]:
         *parts,
         f"tokens/s          {run.tokens_per_second:,.0f}  ({run.basis})",
         f"causal MFU        {run.mfu:.1%}",
+        f"tokens a step     {run.tokens_per_step:,}",
+        f"steps             {run.steps:,}",
         f"tokens            {run.tokens:,}",
+        f"epochs            {'unknown before the text is opened' if run.epochs is None else f'{run.epochs:.2f}'}",
         f"FLOPs             {run.flops:.3g}",
         f"time              {run.hours:.2f} hours",
         f"money             {'unknown: give --price_per_hour' if run.dollars is None else f'{run.dollars:,.2f} dollars'}",
         f"disk              {run.disk_bytes / 1e9:.1f} GB  ({run.checkpoint_bytes / 1e9:.1f} GB a checkpoint)",
-        f"download          {run.download_bytes / 1e9:.1f} GB if the text is FineWeb's",
+        f"download          {run.download_bytes / 1e9:.1f} GB at {run.download_bytes_per_second / 1e6:.1f} MB/s, for FineWeb's "
+        "text from the Hub",
     ]
 
 
-def table(config, price: float | None) -> list[str]:
+def estimate_all(config) -> dict[str, dict[str, Estimate]]:
+    """Of each of GPT-2's sizes on each machine."""
+    names = [f"{count}x{gpu}" for gpu, kind in GPUS.items() for count in (TABLE_COUNTS if not kind.cores else (1,))]
+    return {name: {size: estimate(with_size(config, size), parse_machine(name)) for size in SIZES} for name in names}
+
+
+def table(runs: dict[str, dict[str, Estimate]]) -> list[str]:
     """A row for each machine, a column for each size: tokens/s and hours. `*` is measured."""
-    names = [f"{count}x{gpu}" for gpu in GPUS for count in TABLE_COUNTS]
     rows = ["machine           " + "".join(f"{size:>24}" for size in SIZES)]
-    for name in names:
+    for name, sizes in runs.items():
         cells = []
-        for size in SIZES:
-            run = estimate(with_size(config, size), parse_machine(name), price)
+        for run in sizes.values():
             mark = "*" if run.measured else " "
             cells.append(f"{run.tokens_per_second:,.0f}{mark} {run.hours:,.1f} h" if run.fits else "does not fit ")
         rows.append(f"{name:18}" + "".join(f"{cell:>24}" for cell in cells))
     return [
         *rows,
         "",
-        f"tokens/s and hours for {estimate(config, parse_machine(names[0])).tokens:,} tokens; * measured, else estimated",
+        f"tokens/s and hours for {next(iter(sizes.values())).tokens:,} tokens; * measured, else estimated",
     ]
 
 
@@ -106,8 +114,9 @@ def main(words: list[str]) -> int:
         if problems:
             raise ConfigError(*problems)
         if arguments.table:
-            output = table(config, arguments.price_per_hour)
-            print("\n".join(output) if not arguments.json else json.dumps(output))
+            runs = estimate_all(config)
+            as_dicts = {name: {size: run.as_dict() for size, run in sizes.items()} for name, sizes in runs.items()}
+            print(json.dumps(as_dicts) if arguments.json else "\n".join(table(runs)))
             return 0
         machine = parse_machine(arguments.machine)
         if arguments.growth:
@@ -122,9 +131,7 @@ def main(words: list[str]) -> int:
             if arguments.json:
                 print(json.dumps([{"size": size, "fit_loss": loss, **run.as_dict()} for size, run, loss in runs]))
             else:
-                print(
-                    f"within {min(limits):.2f} hours on {machine.name}, best first by a published scaling fit (of other text):"
-                )
+                print(f"within {min(limits):.2f} hours on {machine.name}, best first by {FIT_SOURCE}:")
                 for size, run, loss in runs:
                     money = "" if run.dollars is None else f", {run.dollars:,.2f} dollars"
                     print(f"  {size:6} {run.tokens:>16,} tokens  fit {loss:.3f}  {run.hours:.2f} h{money}  ({run.basis})")

@@ -236,7 +236,7 @@ CASES = {
 
 OTHERS = {
     "dry run": Case("--dry_run", ""),
-    "dry run of a run": Case("--data short --output_dir run --dry_run", ""),
+    "dry run of a run": Case("--data short --max_epochs 9 --output_dir run --dry_run", ""),
     "rank 1": Case("--n_layers 3", "", environment={"RANK": "1", "WORLD_SIZE": "2"}),
     "three problems": Case("--n_layers 3 --batch_tokens 100 --data ./missing", ""),
 }

@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from launch import ROOT, environment
 from recipe.config import Config, ConfigError
@@ -15,6 +17,7 @@ from recipe.estimate import (
     GIB,
     SIZES,
     best_within,
+    data_tokens,
     estimate,
     largest_micro_batch,
     memory_by_part,
@@ -23,6 +26,7 @@ from recipe.estimate import (
     tokens_per_second,
     with_size,
 )  # fmt: skip
+from recipe.model import build_model
 from recipe.plan import load_run
 
 
@@ -42,6 +46,7 @@ def test_memory_is_the_sum_of_what_zero_1_keeps(config: Config) -> None:
         "moments": parameters,
         "activations": 32 * 768 * 12 * 65_536,
         "logits": 2 * 50_304 * 65_536,
+        "buckets": 0,  # smaller than the activations, which are gone by then
     }
     muon = memory_by_part(replace(config, optimizer="muon"), 8)
     assert memory["moments"] - muon["moments"] == 4 * 84_934_656 // 8  # one moment for the blocks' matrices instead of two
@@ -143,3 +148,77 @@ def test_the_script_shows_tables_and_budgets() -> None:
 def test_wrong_requests_are_refused(words: list[str], message: str) -> None:
     done = run_plan(*words)
     assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_activations_of_plain_kernels_are_what_autograd_saves(precision: str, dtype: torch.dtype) -> None:
+    shape = {"n_head": 4, "n_embd": 256, "sequence_length": 128, "n_positions": 128, "micro_batch_size": 4}
+    saved = []
+    for n_layer in (2, 4):
+        config = Config(n_layer=n_layer, batch_tokens=512, **shape)
+        model = build_model(config, 300, 0).to(dtype)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes: dict[int, tuple[int, torch.Tensor]] = {}
+
+        def keep(tensor: torch.Tensor, sizes=sizes, weights=weights) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes(), tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.randint(0, 300, (4, 129))).mean()
+        saved.append(sum(size for size, _ in sizes.values()))
+    two = memory_by_part(Config(n_layer=2, batch_tokens=512, **shape), 1, 300, precision, plain=True)
+    assert saved[1] - saved[0] == pytest.approx(two["activations"], rel=0.02)
+
+
+def test_memory_in_fp32_by_hand() -> None:
+    config = Config(n_layer=2, n_head=2, n_embd=32, sequence_length=64, n_positions=64, micro_batch_size=4, batch_tokens=1024)
+    parameters = 512 * 32 + 64 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32  # 400 tokens, padded to 512
+    assert memory_by_part(config, 1, 400, "fp32", plain=True) == {
+        "weights": 4 * parameters,
+        "gradient sums": 4 * parameters,
+        "masters": 0,
+        "moments": 8 * parameters,
+        "activations": 28 * 4 * 32 * 2 * 256,
+        "logits": 12 * 512 * 256,
+        "buckets": 0,
+    }
+
+
+def test_buckets_count_where_they_are_larger_than_the_activations(config: Config) -> None:
+    large = replace(with_size(config, "1558M"), micro_batch_size=1, sequence_length=128)
+    memory = memory_by_part(large, 8)
+    assert memory["buckets"] == 4 * 500_000_000 - 32 * 1600 * 48 * 128 - 2 * 50_304 * 128
+    assert memory_by_part(large, 1)["buckets"] == 0
+
+
+def test_steps_epochs_and_the_network_by_hand(config: Config) -> None:
+    run = estimate(config, parse_machine("8xA100-80GB"))
+    assert (run.tokens_per_step, run.steps, run.tokens) == (524_288, 18_883, 18_883 * 524_288)
+    assert run.data_tokens == 10_371_489_838 + 14_868_862
+    assert run.epochs == pytest.approx(9_900_130_304 / 10_386_358_700)
+    assert run.download_bytes_per_second == pytest.approx(run.tokens_per_second * 27.6e9 / 10_371_489_838)
+    assert run.flops == pytest.approx(9_900_130_304 * 797_815_296)
+
+
+def test_tokens_of_local_text_are_told_by_its_size(config: Config, fineweb_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 44_000)
+    (tmp_path / "b.jsonl").write_text("x" * 48_000)
+    assert data_tokens(replace(config, data=str(tmp_path))) == 20_000
+    assert data_tokens(replace(config, data="USER/NAME")) is None
+    assert data_tokens(replace(config, data="installed-docs")) is None
+    assert data_tokens(replace(config, data=str(fineweb_folder))) > 0
+
+
+def test_a_cpu_trains_in_fp32(config: Config) -> None:
+    run = estimate(config, parse_machine("CPU-8core"))
+    assert run.memory["weights"] == 4 * 124_475_904 and run.fits and run.micro_batch_size < 64
+    assert run.tokens_per_second == pytest.approx(0.5 * 8 * 100e9 / 797_815_296)
+
+
+def test_the_table_as_json_has_every_size_on_every_machine() -> None:
+    runs = json.loads(run_plan("configs/gpt2-124m.yaml", "--table", "--json").stdout)
+    assert set(runs["8xH100-80GB"]) == set(SIZES) and len(runs) == 4 * 6 + 1
+    assert runs["1xCPU-8core"]["1558M"]["fits"] is False and runs["1xH100-80GB"]["124M"]["measured"] is True

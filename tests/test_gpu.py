@@ -116,3 +116,26 @@ def test_a_step_neither_syncs_nor_recompiles(engine) -> None:
 def test_plain_kernels_can_be_chosen() -> None:
     config, _ = load_run(["configs/gpt2-124m.yaml", "--kernels", "plain"], 1)
     assert choose_kernels(config, "bf16", torch.device("cuda:0")) == Kernels()
+
+
+def test_too_large_a_micro_batch_is_answered_with_one_that_fits() -> None:
+    from recipe.remedies import Situation, explain
+
+    config, _ = load_run(["configs/gpt2-124m.yaml", "--data", "installed-docs"], 8)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(2 * torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
+    found = explain(caught.value, Situation(config, 8, precision="bf16", plain=False, zero1=True))
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    assert f"the GPU ({total:.1f} GiB) cannot hold 64 rows" in found.cause and "--micro_batch_size " in found.remedy
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipe.preflight import machine_problems
+
+    config, _ = load_run(["configs/gpt2-124m.yaml", "--data", "installed-docs"], 8)
+    gpus = torch.cuda.device_count()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus + 1))
+    (problem,) = machine_problems(config)
+    assert f"{gpus + 1} processes on a machine with {gpus} GPUs" in problem and f"--num_processes {gpus}" in problem
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))
+    assert machine_problems(config) == []

@@ -119,7 +119,7 @@ class Corpus:
 
     def _documents(self, unit: Unit) -> Iterator[str]:
         path = self.files[unit.file]
-        for document in _READERS[_format(path)](self, unit):
+        for document in _READERS[file_format(path)](self, unit):
             if document is not None and not isinstance(document, str):
                 raise DataError(f"cannot read {path}: {self.text_column} holds {type(document).__name__}, not text")
             if document:
@@ -127,7 +127,7 @@ class Corpus:
 
     def describe(self, unit: Unit) -> list[dict[str, str | None]]:
         """The `id` and `url` of the documents that `read` gives, as far as the file has them."""
-        kind = _format(self.files[unit.file])
+        kind = file_format(self.files[unit.file])
         if kind == "parquet":
             labels = _label_parquet(self, unit)
         elif kind == "txt":
@@ -146,7 +146,7 @@ class Corpus:
 
         handle = RemoteFile(self.files[file], self.sizes[file])
         # pyarrow asks for exactly the bytes of a column; lines are small reads.
-        return handle if _format(self.files[file]) == "parquet" else io.BufferedReader(handle, BUFFER_BYTES)
+        return handle if file_format(self.files[file]) == "parquet" else io.BufferedReader(handle, BUFFER_BYTES)
 
 
 def is_local(data: str) -> bool:
@@ -169,7 +169,7 @@ def check_data_exists(name: str, data: str) -> list[str]:
         return []
     if is_half_prepared(data):
         return [f"{name}: {data} is half prepared; finish it with the command that began it (scripts/prepare_data.py)"]
-    if _local_files(data):
+    if local_text_files(data):
         return []
     if os.path.exists(os.path.expanduser(data)):
         return [f"{name}: {data} holds no {', '.join(FORMATS)} files"]
@@ -208,12 +208,12 @@ def _resolve(data: str, cache: Path, name: str) -> dict[str, list[str]]:
     """Files by split."""
     if data == INSTALLED_DOCS:
         folder = _installed_docs(cache)
-        return {"train": _local_files(f"{folder}/train-*"), "validation": _local_files(f"{folder}/validation-*")}
+        return {"train": local_text_files(f"{folder}/train-*"), "validation": local_text_files(f"{folder}/validation-*")}
     if is_local(data):
         problems = check_data_exists(name, data)
         if problems:
             raise ConfigError(*problems)
-        files = _local_files(data)
+        files = local_text_files(data)
         validation = [f for f in files if _VALIDATION.search(Path(f).name.lower())]
         testing = [f for f in files if _TEST.search(Path(f).name.lower())]
         training = [f for f in files if f not in validation and f not in testing]
@@ -236,10 +236,14 @@ def _resolve_hub(data: str, name: str) -> dict[str, list[str]]:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 
+    from recipe.remedies import explain
+
     parts = _HUB_ID.fullmatch(data)
     try:
         builder = load_dataset_builder(parts["repo"], parts["config"], revision=parts["revision"])
     except DatasetNotFoundError as error:
+        if known := explain(error):
+            raise ConfigError(f"{name}: {known}") from error
         raise ConfigError(
             f"{name}: {data} is neither a local path nor a dataset that the Hub shows to you; check the spelling, or log "
             "in with `hf auth login` if it is private"
@@ -253,13 +257,18 @@ def _resolve_hub(data: str, name: str) -> dict[str, list[str]]:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{name}: {data}: {first_line(error)}") from error
+    except Exception as error:  # what the Hub answers comes as one of a dozen types
+        if known := explain(error):
+            raise ConfigError(f"{name}: {known}") from error
+        raise
     files = builder.config.data_files or {}
     if not files:
         raise ConfigError(f"{name}: {data} has no data files that `datasets` can list")
     return {"train": list(files.get("train", [])), "validation": list(files.get("validation", []))}
 
 
-def _local_files(data: str) -> list[str]:
+def local_text_files(data: str) -> list[str]:
+    """The text files that a folder, file or glob on this machine names, sorted."""
     path = os.path.expanduser(data)
     if os.path.isdir(path):
         found = [str(p) for p in Path(path).rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
@@ -275,7 +284,8 @@ def _ending(path: str) -> str | None:
     return max((e for e in FORMATS if path.lower().endswith(e)), key=len, default=None)
 
 
-def _format(path: str) -> str:
+def file_format(path: str) -> str:
+    """One of FORMATS, by the file's ending."""
     return FORMATS[_ending(path)]
 
 
@@ -299,7 +309,7 @@ def _open(name: str, files: list[str], text_column: str, config_field: str) -> C
     def units_of(file: int) -> list[Unit]:
         path = files[file]
         try:
-            return _UNITS[_format(path)](corpus, file)
+            return _UNITS[file_format(path)](corpus, file)
         except ConfigError as error:
             problems.extend(f"{config_field}: {problem}" for problem in error.problems)
         except DataError as error:
@@ -409,7 +419,7 @@ def _jsonl_gz_lines(corpus: Corpus, unit: Unit) -> Iterator[bytes]:
 
 def _read_jsonl(corpus: Corpus, unit: Unit) -> Iterator[str]:
     path = corpus.files[unit.file]
-    return (_parse_line(corpus, path, line) for line in _LINES[_format(path)](corpus, unit))
+    return (_parse_line(corpus, path, line) for line in _LINES[file_format(path)](corpus, unit))
 
 
 def _parse_line(corpus: Corpus, path: str, line: bytes) -> str | None:

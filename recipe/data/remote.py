@@ -36,6 +36,7 @@ _EXPIRED = {400, 401, 403, 410}  # how storage hosts answer a signature that has
 _REMEDIES = {
     401: "log in with `hf auth login` or set HF_TOKEN",
     403: "ask for access on the dataset's page, or use a token that has it",
+    429: "log in with `hf auth login`, which raises the limit, wait five minutes, or read the text once with prepare_data.py",
     404: "the file is not in this revision, or the dataset is private: `hf auth login`",
 }
 # huggingface_hub moved from httpx to httpx2; its own error derives from the base of the errors of either.

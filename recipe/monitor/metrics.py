@@ -8,15 +8,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from recipe.monitor.trackers import Reporter
+
 
 class MetricsLog:
     """metrics.jsonl: one flat object a line, appended.
 
     A run that continues from step N first drops the lines beyond N, which the lost part of the run wrote.
+
+    Args:
+        reporter: gets every record, too.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None):
-        self._path = path
+    def __init__(self, path: Path, resume_step: int | None = None, reporter: Reporter | None = None):
+        self._path, self._reporter = path, reporter
         if resume_step is not None and path.is_file():
             self._truncate(resume_step)
         self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
@@ -27,6 +32,8 @@ class MetricsLog:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self._handle.write(json.dumps(clean) + "\n")
         self._handle.flush()
+        if self._reporter is not None:
+            self._reporter.log(records)
 
     def close(self) -> None:
         self._handle.close()
