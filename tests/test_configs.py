@@ -70,8 +70,10 @@ def test_every_run_is_planned_and_dry_run_on_every_machine(
         with pytest.raises(ConfigError, match="or micro_batch_size 16 or 8 ranks works|micro_batch_size 32"):
             load_run(words, 32)
         return
-    assert cli.main(words) == 0
-    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert cli.main(words) == 2  # for the text is one word, which is said behind the rest
+    shown = capsys.readouterr()
+    assert shown.err.startswith("1 problem") and "gives 0 tokens for validation" in shown.err
+    lines = {" ".join(line.split()) for line in shown.out.splitlines()}
     if size := re.search(r"\d+m", run):
         assert f"parameters {PARAMETERS[size[0]]:,}" in lines
     assert f"ranks {ranks}" in lines and "base: gpt2-124m.yaml" not in lines
