@@ -41,6 +41,9 @@ class Chart:
     x_unit: str
     """tokens, seconds or steps: how numbers on the axis are written."""
     y_format: str = "{:g}"
+    """How its values are written."""
+    y_unit: str = ""
+    """tokens, for values that are written as those are on the axis."""
     series: list[Series] = field(default_factory=list)
     levels: list[tuple[str, float]] = field(default_factory=list)
     """Horizontal references."""
@@ -67,7 +70,7 @@ class Chart:
         points = [(x, y) for s in self.series for x, y in zip(s.x, s.y, strict=True) if x <= self.x_max]
         for s in own:
             points += [(x, y) for band in (s.low, s.high) for x, y in zip(s.x, band, strict=False)]
-        values = [y for _, y in points] + [level for _, level in self.levels]
+        values = [y for _, y in points] + ([] if hide_start else [level for _, level in self.levels])
         low, high = min(values, default=0.0), max(values, default=1.0)
         if hide_start:
             late = [y for x, y in points if x >= 0.05 * self.x_max]
@@ -78,12 +81,23 @@ class Chart:
         low = 0.0 if from_zero else low
         margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
         self.y_min, self.y_max = (0.0 if from_zero else low - margin), high + margin
+        self.levels = [(label, level) for label, level in self.levels if self.y_min <= level <= self.y_max]
         return self
 
     @property
     def x_end(self) -> float:
         """Where the axis ends."""
         return 1.02 * self.x_max
+
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """Where the axis of y has ticks, and what stands there."""
+        places = ticks(self.y_min, self.y_max)
+        if self.y_unit == "tokens":
+            return [(y, number(y, "tokens")) for y in places]
+        percent = self.y_format.endswith("%}")
+        step = (places[1] - places[0] if len(places) > 1 else places[0]) * (100 if percent else 1)
+        digits = next((d for d in range(12) if abs(step - round(step, d)) < 1e-9 * abs(step)), 12)
+        return [(y, f"{y:.{digits}%}" if percent else f"{y:,.{digits}f}") for y in places]
 
     @property
     def description(self) -> str:

@@ -46,13 +46,15 @@ class Figures:
         self.runs, self.names = runs, names
         self._llmc = llmc or all(is_fineweb(run) for run in runs)
         self._scale, self._unit = time_unit(max(run.seconds for run in runs))
-        self._timed = "wall clock" if all(run.has_wall_clock for run in runs) else "time of the training steps alone"
+        self._wall = all(run.has_wall_clock for run in runs)
+        """One clock for all runs: where the wall clock of one is unknown, the time of the training steps counts."""
 
     def losses(self) -> list[Chart]:
         """Loss against tokens and against time."""
+        clock = "wall clock" if self._wall else "training steps alone"
         return [
             self._loss("loss_tokens", "Loss against tokens", "tokens", "tokens", self._tokens),
-            self._loss("loss_time", "Loss against time", f"{self._unit}, {self._timed}", self._unit, self._time),
+            self._loss("loss_time", "Loss against time", f"{self._unit}, {clock}", self._unit, self._time),
         ]
 
     def hellaswag(self) -> list[Chart]:
@@ -85,7 +87,7 @@ class Figures:
         return run.tokens_at(record)
 
     def _time(self, run: RunRecord, record: dict[str, Any]) -> float:
-        return run.seconds_at(record) / self._scale
+        return run.seconds_at(record, self._wall) / self._scale
 
     def _marks(self, position: Callable[[RunRecord, dict], float]) -> list[float]:
         """Where the run went on after an interruption; of several runs only their table tells."""
@@ -109,7 +111,7 @@ class Figures:
             if len(self.runs) > 1:
                 line.low, line.high = [], []
             chart.series.append(line)
-            _note_width(chart, width, self._label("training loss", n), bool(line.low))
+            _note_width(chart, width, self._label("Training loss", n), bool(line.low))
             validation = run.having("val_loss")
             x, y = [position(run, r) for r in validation], [r["val_loss"] for r in validation]
             chart.series.append(Series(self._label("validation", n), x, y, n, dots=True))
@@ -152,8 +154,12 @@ class Figures:
         title, name = f"HellaSwag acc_norm, {style} style", f"hellaswag_{style.replace('-', '_')}"
         chart = Chart(name, title, "tokens", "acc_norm", "tokens", "{:.3f}")
         chart.header = ["run", "step", "tokens", "acc_norm", "standard error", "items"]
+        mini = all(run.is_mini for run in self.runs if run.having(field))
         for n, run in enumerate(self.runs):
             records = run.having(field)
+            if records and run.is_mini and not mini:
+                chart.notes.append(f"{self.names[n]} is left out: it was scored on other items.")
+                continue
             counts = list(dict.fromkeys(r.get("hellaswag_n", HELLASWAG_ITEMS) for r in records))
             for items in counts:  # in the loop and at the end they may differ, and their numbers with them
                 scored = [r for r in records if r.get("hellaswag_n", HELLASWAG_ITEMS) == items]
@@ -172,19 +178,21 @@ class Figures:
             return None
         chart.levels = [("chance", CHANCE)]
         chart.notes.append("Bars are one standard error.")
-        if not any(run.is_mini for run in self.runs):
-            chart.levels += self._references(style)
+        if not mini:
+            near = self._references(style)
+            chart.levels += [(f"OpenAI's {r.model} {r.acc_norm:.4f}", r.acc_norm) for r in near]
+            chart.notes.append(f"OpenAI's figures, in this style, from {', '.join(dict.fromkeys(r.source for r in near))}.")
             if style == "completion":
                 self._add_llmc_hellaswag(chart)
         else:
             chart.notes.append("The items are this package's own, a check that the evaluation runs: no reference compares.")
         return chart.fit()
 
-    def _references(self, style: str) -> list[tuple[str, float]]:
+    def _references(self, style: str) -> list[Reference]:
         sizes = [parameters(run) for run in self.runs]
         known: list[Reference] = [r for r in references(style) if r.acc_norm is not None]
         near = [r for r in known if any(1 / SIZE_RATIO <= r.parameters / size <= SIZE_RATIO for size in sizes)] or known[:1]
-        return [(f"OpenAI's {r.model} {r.acc_norm:.4f}", r.acc_norm) for r in near]
+        return near
 
     def _add_llmc_hellaswag(self, chart: Chart) -> None:
         for machine, points in LLMC_CURVES.items():
@@ -194,6 +202,8 @@ class Figures:
             x, y = [p.step * LLMC_BATCH_TOKENS for p in scored], [p.hellaswag_completion_acc_norm for p in scored]
             first = not any(s.colour is None for s in chart.series)
             chart.series.append(Series("llm.c 124M, its published runs", x, y, None, dots=True, in_legend=first))
+            if first:
+                chart.notes.append(f"llm.c's: {LLMC_SOURCE}.")
             chart.rows += [
                 [f"llm.c {machine}", f"{p.step:,}", f"{at:,}", _cell(v), "", f"{HELLASWAG_ITEMS:,}"]
                 for p, at, v in zip(scored, x, y, strict=True)
@@ -206,7 +216,7 @@ class Figures:
             if not any(r[field] is not None for r in records):
                 continue
             x, y = [r["tokens"] for r in records], [r[field] for r in records]
-            line, width = steps_series(self._label(title, n), x, y, n)
+            line, width = steps_series(title if len(self.runs) == 1 else self.names[n], x, y, n)
             if len(self.runs) > 1:
                 line.low, line.high = [], []
             chart.series.append(line)
@@ -216,6 +226,8 @@ class Figures:
                 for r in every_nth(records)
             ]
         chart.marks = self._marks(self._tokens)
+        if field == "tokens_per_second":
+            chart.y_unit = "tokens"
         limits = {run.config.max_grad_norm for run in self.runs}
         if field == "grad_norm" and len(limits) == 1 and (limit := limits.pop()):
             chart.levels = [(f"scaled down to {limit:g}", limit)]
@@ -240,8 +252,8 @@ class Figures:
 
 def _note_width(chart: Chart, width: int, name: str, band: bool) -> None:
     if width > 1:
-        of = f"{name}: " if name else ""
-        chart.notes.append(f"{of}a point is the mean of {width} steps{', the band their lowest to highest' if band else ''}.")
+        of = f"{name}: a" if name else "A"
+        chart.notes.append(f"{of} point is the mean of {width} steps{', the band their lowest to highest' if band else ''}.")
 
 
 def _cell(value: float | None, style: str = "{:.4f}") -> str:

@@ -87,7 +87,7 @@ def figure(chart: Chart) -> str:
 
 
 def _legend_item(kind: str, label: str, dash: str) -> str:
-    path = "M15 0V10" if kind == "mark" else "M0 5H30"
+    path = "M15 -3V13" if kind == "mark" else "M0 5H30"
     dots = '<path class="dots" d="M15 5h0"/>' if kind.endswith("dotted") else ""
     key = f'<svg class="key {kind}" viewBox="0 0 30 10" aria-hidden="true"{dash}><path class="line" d="{path}"/>{dots}</svg>'
     return f"<li>{key}{escape(label)}</li>"
@@ -110,8 +110,8 @@ def _plot(chart: Chart) -> str:
     def py(y: float) -> str:
         return f"{SIZE * (chart.y_max - y) / (chart.y_max - chart.y_min):.2f}".rstrip("0").rstrip(".")
 
-    x_ticks, y_ticks = ticks(0, chart.x_max, 4), ticks(chart.y_min, chart.y_max)
-    lines = [f'<path class="grid" d="M0 {py(y)}H{SIZE}"/>' for y in y_ticks]
+    x_ticks, y_ticks = ticks(0, chart.x_max, 4), chart.y_ticks()
+    lines = [f'<path class="grid" d="M0 {py(y)}H{SIZE}"/>' for y, _ in y_ticks]
     lines += [f'<path class="mark" d="M{px(x)} 0V{SIZE}"/>' for x in chart.marks]
     lines += [f'<path class="level" d="M0 {py(level)}H{SIZE}"/>' for _, level in chart.levels]
     for s in chart.series:
@@ -131,15 +131,14 @@ def _plot(chart: Chart) -> str:
                 words = f"{s.label}: {chart.y_format.format(y)} at {number(x, chart.x_unit)}"
                 shapes.append(f'<path class="dots" d="M{point}h0"><title>{escape(words)}</title></path>')
         lines.append(f'<g class="{_class(s)}">{"".join(shapes)}</g>')
-    labels = [
-        f'<span class="y" style="top:{float(py(y)) / SIZE:.2%}">{escape(chart.y_format.format(y))}</span>' for y in y_ticks
-    ]
+    labels = [f'<span class="y" style="top:{float(py(y)) / SIZE:.2%}">{escape(words)}</span>' for y, words in y_ticks]
     labels += [
         f'<span class="x" style="left:{float(px(x)) / SIZE:.2%}">{escape(number(x, chart.x_unit))}</span>' for x in x_ticks
     ]
-    labels += [
-        f'<span class="level" style="top:{float(py(level)) / SIZE:.2%}">{escape(name)}</span>' for name, level in chart.levels
-    ]
+    for name, level in chart.levels:
+        # Curves rise from chance to the references: the upper left and the lower right are free.
+        side = "left" if level > (chart.y_min + chart.y_max) / 2 else "right"
+        labels.append(f'<span class="level {side}" style="top:{float(py(level)) / SIZE:.2%}">{escape(name)}</span>')
     title = f"{chart.name}-title"
     return (
         f'<div class="plot"><svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" role="img" aria-labelledby="{title}" '

@@ -37,14 +37,15 @@ def draw(charts: list[Chart], folder: Path) -> list[Path]:
                 axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.2, linewidth=0)
         for label, level in chart.levels:
             axes.axhline(level, color="#1a1a1a", linewidth=0.8, linestyle=":")
-            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
-            axes.annotate(label, (1, level), (-4, 2), fontsize=8, **place)
+            side = "left" if level > (chart.y_min + chart.y_max) / 2 else "right"
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": side}
+            axes.annotate(label, (side == "right", level), (4 if side == "left" else -4, 2), fontsize=8, **place)
         for n, x in enumerate(chart.marks):
             axes.axvline(x, color="#1a1a1a", linewidth=0.8, linestyle="--", label="restart" if not n else "_")
         axes.set(xlim=(0, chart.x_end), ylim=(chart.y_min, chart.y_max))
         axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
         axes.set_xticks(x_ticks := ticks(0, chart.x_max), [number(x, chart.x_unit) for x in x_ticks])
-        axes.set_yticks(y_ticks := ticks(chart.y_min, chart.y_max), [chart.y_format.format(y) for y in y_ticks])
+        axes.set_yticks(*zip(*chart.y_ticks(), strict=True))
         axes.grid(color="#d5d5d5", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if len(axes.get_legend_handles_labels()[1]) > 1:

@@ -14,6 +14,7 @@ from typing import Any
 from recipe.config import ConfigError, config_fields
 from recipe.files import write_text
 from recipe.monitor import page, png
+from recipe.monitor.charts import number
 from recipe.monitor.figures import Figures, parameters
 from recipe.monitor.metrics import format_duration
 from recipe.monitor.run_record import RunRecord, device_name
@@ -120,7 +121,7 @@ class Report:
         differing = [[key, *(fact.get(key, "") for fact in facts)] for key in keys if len({f.get(key) for f in facts}) > 1]
         return [
             page.table(["field", *self.names], rows, "Configuration") or page.paragraph("The configurations are equal."),
-            page.table(["", *self.names], differing, "Environment"),
+            page.table(["", *self.names], differing, "Environment", style="fields"),
             self._same_tokens(),
         ]
 
@@ -240,7 +241,7 @@ def summary(run: RunRecord, price_per_hour: float | None) -> list[tuple[str, str
     end = validation[-1] if validation else {}
     items = [
         ("Parameters", f"{parameters(run) / 1e6:,.1f}M", f"{run.config.n_layer} layers, width {run.config.n_embd}"),
-        ("Tokens", f"{last['tokens']:,}" if last else "", steps),
+        ("Tokens", number(last["tokens"], "tokens") if last else "", steps),
         ("Validation loss", f"{end['val_loss']:.4f}" if end else "", f"at step {end['step']:,}" if end else ""),
         ("Best", f"{best['val_loss']:.4f}" if best and best is not end else "", f"at step {best['step']:,}" if best else ""),
     ]
@@ -258,7 +259,7 @@ def summary(run: RunRecord, price_per_hour: float | None) -> list[tuple[str, str
     waited = sum(r["data_wait_fraction"] * r["step_seconds"] for r in training)
     memory = [r["gpu_memory_gib"] for r in training if r.get("gpu_memory_gib") is not None]
     items += [
-        ("Speed", f"{median(speeds):,.0f} tok/s" if speeds else "", "median of the steps"),
+        ("Speed", f"{number(median(speeds), 'tokens')} tok/s" if speeds else "", "median of the steps"),
         ("MFU", f"{median(m for m, _ in shares):.1%}" if shares else "", "causal, median"),
         ("Waiting for data", f"{waited / seconds:.2%}" if seconds else "", "of the steps' time"),
         ("GPU memory", f"{max(memory):.1f} GiB" if memory else "", "peak of rank 0"),

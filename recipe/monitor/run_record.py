@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import time
 from bisect import bisect_right
@@ -115,29 +116,25 @@ class RunRecord:
         return bool(self.training) and all("wall_seconds" in r for r in self.training)
 
     @cached_property
-    def _clock(self) -> list[float]:
-        """Seconds at the end of each step."""
-        if self.has_wall_clock:
-            return [r["wall_seconds"] for r in self.training]
-        seconds, clock = 0.0, []
-        for record in self.training:
-            seconds += record["step_seconds"]
-            clock.append(seconds)
-        return clock
+    def _step_clock(self) -> list[float]:
+        """Seconds of training steps up to the end of each."""
+        return list(itertools.accumulate(r["step_seconds"] for r in self.training))
 
-    def seconds_at(self, record: dict[str, Any]) -> float:
-        """Seconds into the run when a record was written."""
-        if self.has_wall_clock and "wall_seconds" in record:
-            return record["wall_seconds"]
+    def seconds_at(self, record: dict[str, Any], wall: bool) -> float:
+        """Seconds into the run when a record was written, by the wall clock or of training steps alone."""
         position = bisect_right(self._steps, record["step"])
-        return self._clock[position - 1] if position else 0.0
+        if not wall:
+            return self._step_clock[position - 1] if position else 0.0
+        if "wall_seconds" in record:
+            return record["wall_seconds"]
+        return self.training[position - 1]["wall_seconds"] if position else 0.0
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole run so far."""
+        """Seconds of the whole run so far, by the wall clock if it is known."""
         if self.has_wall_clock:
             return max(r.get("wall_seconds", 0.0) for r in self.records)
-        return self._clock[-1] if self._clock else 0.0
+        return self._step_clock[-1] if self.training else 0.0
 
     @cached_property
     def starts(self) -> list[dict[str, Any]]:
