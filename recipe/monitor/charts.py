@@ -107,7 +107,7 @@ class Chart:
             if s.in_legend and s.y:
                 shown = [f"{self.y_format.format(y)} at {number(x, self.x_unit)}" for x, y in (_ends(s))]
                 parts.append(f"{s.label}: from {' to '.join(shown)} {self.x_unit if self.x_unit == 'tokens' else ''}".strip())
-        parts += [f"{label}: {self.y_format.format(level)}" for label, level in self.levels]
+        parts += [f"{label}: {self.y_format.format(level)}" for label, level in self.levels if label]
         return f"{self.title}. {self.y_label} over {self.x_label}. " + "; ".join(parts) + "."
 
 

@@ -230,8 +230,11 @@ class Figures:
             chart.y_unit = "tokens"
         limits = {run.config.max_grad_norm for run in self.runs}
         if field == "grad_norm" and len(limits) == 1 and (limit := limits.pop()):
-            chart.levels = [(f"scaled down to {limit:g}", limit)]
-        return chart.fit(**axes)
+            chart.levels = [("", limit)]
+        chart.fit(**axes)
+        if field == "grad_norm" and chart.levels:
+            chart.notes.append(f"Dotted: norms above {chart.levels[0][1]:g} are scaled down to it.")
+        return chart
 
     def _skipped(self) -> Chart:
         chart = Chart("skipped", "Skipped steps, in all", "tokens", "steps", "tokens", "{:g}")

@@ -5,6 +5,7 @@ Written from the files alone, at any time of the run, by a process that loads no
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -310,10 +311,15 @@ def _grid(charts: list, wide: bool = False) -> str:
 def _sample(step: int, one: dict[str, str]) -> str:
     kinds = [(f"step {step:,}", "continuation"), (f"step {step:,}, greedy", "greedy")]
     return "\n".join(
-        f"{page.paragraph(words)}<blockquote><b>{escape(one['prompt'])}</b>{escape(one[kind])}</blockquote>"
+        f"{page.paragraph(words)}<blockquote><b>{escape(one['prompt'])}</b>{escape(_short(one[kind]))}</blockquote>"
         for words, kind in kinds
         if one.get(kind)
     )
+
+
+def _short(text: str) -> str:
+    """A text whose runs of empty lines, which little-trained models like, are told rather than shown."""
+    return re.sub(r"\n{4,}", lambda lines: f"\n[{len(lines[0]) - 1} empty lines]\n", text)
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
