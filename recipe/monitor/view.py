@@ -153,7 +153,7 @@ class View:
         parts.append(f"data wait {last['data_wait_fraction']:.1%}")
         if last.get("gpu_memory_gib") is not None:
             of = f" of {self.gpu_memory_gib:.0f}" if self.gpu_memory_gib else ""
-            parts.append(f"GPU memory {last['gpu_memory_gib']:.1f}{of} GiB")
+            parts.append(f"memory {last['gpu_memory_gib']:.1f}{of} GiB")
         return [("dim", "speed    "), ("", f" {glyphs.dot} ".join(parts))]
 
     def _time(self, seconds: float, glyphs: Glyphs) -> Line:
