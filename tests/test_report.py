@@ -103,6 +103,8 @@ def test_the_figures_in_the_page_equal_metrics_jsonl(run: Path) -> None:
     timed = page.figures["loss_time"]
     assert "seconds, wall clock" in timed["title"]
     assert close(timed["lines"][0], [(r["wall_seconds"], r["train_loss"]) for r in training], timed)
+    clock = {0: 0.0} | {r["step"]: r["wall_seconds"] for r in training}
+    assert close(timed["lines"][1], [(clock[r["step"]], r["val_loss"]) for r in validation], timed)
     for name, field in {
         "learning_rate": "lr", "gradient_norm": "grad_norm", "throughput": "tokens_per_second", "mfu": "mfu",
         "data_wait": "data_wait_fraction", "gpu_memory": "gpu_memory_gib",

@@ -41,7 +41,8 @@ class MetricsLog:
         clock: WallClock | None = None,
         on_write: Callable[[list[dict[str, Any]]], None] | None = None,
     ):
-        """`clock`: gives every line its `wall_seconds`. `on_write`: called with what has been written."""
+        """`clock`: gives lines of steps and saves their `wall_seconds`; those of evaluations say the same for the same weights,
+        whenever they are written. `on_write`: called with what has been written."""
         self._path, self._clock, self._on_write = path, clock, on_write
         if resume_step is not None and path.is_file():
             self._truncate(resume_step)
@@ -64,7 +65,7 @@ class MetricsLog:
         """Steps are written together, after the last of them: an earlier one ended when the later ones began."""
         timed = []
         for record in reversed(records):
-            timed.append({**record, "wall_seconds": round(now, 3)})
+            timed.append(record | {"wall_seconds": round(now, 3)} if {"step_seconds", "save_seconds"} & set(record) else record)
             now -= record.get("step_seconds", 0.0)
         return timed[::-1]
 
