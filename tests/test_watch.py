@@ -124,6 +124,9 @@ def test_it_follows_a_run_into_a_pipe(tmp_path):
         assert head[-1].startswith("now      running, at step 3")
         trainer.step(4)
         assert process.stdout.readline().startswith("step  4/60 | loss ")
+        with open(run / "metrics.jsonl", "a") as handle:
+            handle.write('{"step": 4, "val_loss": 5.0}\n')  # no step: no line
+        time.sleep(1.5)
         trainer.step(5)
         assert process.stdout.readline().startswith("step  5/60 | loss ")
         trainer.end("failed", 5, "TrainingError: the gradient was not finite", 0)

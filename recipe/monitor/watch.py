@@ -129,7 +129,8 @@ def watch(path: Path, once: bool = False) -> int:
         if run.has_ended():
             break
         time.sleep(POLL_S)
-        if run.update() and not live and run.view.last:
+        step = run.view.last.get("step")
+        if run.update() and not live and run.view.last.get("step") != step:
             news = True
             print(_plain(run.view), flush=True)
     if not live and not once and news:
