@@ -211,6 +211,15 @@ def test_no_reference_beside_what_it_does_not_compare_with(tmp_path: Path) -> No
     assert [row for row in figures["loss_tokens"]["rows"] if row[0].startswith("llm.c")]
 
 
+def test_evaluations_of_the_export(run: Path) -> None:
+    data = {"name": "items.jsonl", "sha256": "12"}
+    numbers = {"n": 64, "acc": 0.25, "acc_stderr": 0.05, "acc_norm": 0.3, "acc_norm_stderr": 0.06, "data": data}
+    (run / "eval" / "hellaswag.json").write_text(json.dumps({"tasks": {"hellaswag": numbers}, "step": 60}))
+    text = html(run)
+    for metric, value in {"acc": "0.2500 ± 0.0500", "acc_norm": "0.3000 ± 0.0600"}.items():
+        assert f"<td>hellaswag (items.jsonl)</td><td>64</td><td>{metric}</td><td>{value}</td>" in text
+
+
 def test_restarts_skipped_steps_and_money(tmp_path: Path) -> None:
     records = [training_record(step, BATCH, skipped=int(step == 30)) for step in range(1, 61)]
     records[29]["train_loss"] = None

@@ -141,7 +141,8 @@ class Report:
         for run, name in zip(self.runs, self.names, strict=True):
             for record in run.results:
                 for task, numbers in record["tasks"].items():
-                    of = f"{task} ({record['data']})" if record.get("data") else task
+                    data = numbers.get("data", {})
+                    of = f"{task} ({data['name']})" if "sha256" in data else task  # a copy, or items of one's own
                     rows += [
                         [name, of, f"{numbers.get('n', 0):,}", metric, f"{value:.4f} ± {numbers[f'{metric}_stderr']:.4f}"]
                         for metric, value in numbers.items()
