@@ -212,7 +212,13 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
-class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, FaultConfig, EvaluationConfig):
+class MonitorConfig:
+    price_per_hour: float | None = None
+    """Dollars that the whole machine costs an hour, for the money in the live view and the report. Default: unknown."""
+
+
+@dataclass(kw_only=True)
+class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, FaultConfig, EvaluationConfig, MonitorConfig):
     """All fields of a run, flat, as in the YAML file and on the command line."""
 
     dry_run: bool = False
@@ -224,9 +230,8 @@ class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, FaultConf
 NOT_PART_OF_THE_RUN = frozenset(
     "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every hellaswag_every hellaswag_items "
     "sample_every evaluate_tasks evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size "
-    "activation_checkpointing "
-    "compile kernels max_epochs keep_every keep_best max_hours watchdog_seconds on_nonfinite spike_action spike_threshold "
-    "spike_window report_to".split()
+    "activation_checkpointing compile kernels max_epochs keep_every keep_best max_hours watchdog_seconds on_nonfinite "
+    "spike_action spike_threshold spike_window report_to price_per_hour".split()
 )
 """Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
 
@@ -445,7 +450,7 @@ _AT_LEAST = {
     "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0, "muon_ns_steps": 1, "batch_tokens": 1, "micro_batch_size": 1,
     "max_steps": 1, "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
     "hellaswag_every": 0, "hellaswag_items": 1, "sample_every": 0, "evaluate_limit": 1, "keep_every": 0, "watchdog_seconds": 0,
-    "spike_threshold": 1, "spike_window": 8,
+    "spike_threshold": 1, "spike_window": 8, "price_per_hour": 0,
 }  # fmt: skip
 _BELOW = {"beta1": 1, "beta2": 1, "muon_momentum": 1, "seed": 2**64}
 

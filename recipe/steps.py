@@ -98,5 +98,6 @@ class Steps:
             "step_seconds": seconds,
             "data_wait_fraction": min(1.0, step.waited / seconds),
             "mfu": self._mfu_per_token and speed * self._mfu_per_token,
+            "gpu_memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3) if self._distributed.cuda else None,
             "skipped": int(step.skipped),
         }

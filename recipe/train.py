@@ -26,7 +26,10 @@ from recipe.files import write_json
 from recipe.inputs import Inputs
 from recipe.micro_batch import check_alike, predicted_memory
 from recipe.model import build_model
-from recipe.monitor.metrics import MetricsLog, format_duration, progress_line
+from recipe.monitor.console import Console
+from recipe.monitor.live import LiveRun
+from recipe.monitor.metrics import MetricsLog, WallClock, format_duration, progress_line
+from recipe.monitor.run_record import record_start
 from recipe.monitor.trackers import Reporter, start_reporting
 from recipe.optim.groups import parameter_groups, state_kinds
 from recipe.optim.schedule import hyperparameters
@@ -62,6 +65,7 @@ class Run:
         limit = self.config.watchdog_seconds
         self.distributed = Distributed(max(COLLECTIVE_TIMEOUT, timedelta(seconds=min(2 * limit, 1e6))))
         self.watchdog = Watchdog(self.distributed, limit, self._fail)
+        self.console = Console(self.distributed.is_main)
         self.saver = Saver(self.folder.checkpoints, self.config, self.distributed, self.watchdog)
         self.say(f"{self.plan.num_processes} ranks on {self._device_name()}")
         try:
@@ -74,6 +78,7 @@ class Run:
         finally:
             if self.reporter is not None:
                 self.reporter.finish(10)
+            self.console.close()
         self.stream.close()
         self.metrics.close()
         main = self.distributed.is_main
@@ -93,8 +98,7 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print on rank 0."""
-        if self.distributed.is_main:
-            print(line, flush=True)
+        self.console.say(line)
 
     def _fail(self, reason: str, rank: int) -> None:
         if self.folder.config.is_file():
@@ -166,6 +170,8 @@ class Run:
         distributed.on_main(self._claim_folder, self.inputs.training.name, start)
         if distributed.is_main:
             self.reporter = start_reporting(config, self.folder.path, self.say)
+        self._clock = WallClock(self._metrics_path, self._started)
+        self._live = LiveRun(self.config, self.plan, self.folder.path, self._clock, self.watchdog)
         self._open_metrics(start.step if start else -1)
         for line in self.plan.lines(config, self.encoder.vocab_size):
             self.say(line)
@@ -222,10 +228,17 @@ class Run:
         # An evaluation at the checkpoint's step that a stop cut short is taken up again.
         self._evaluation_due, self._evaluated = state.get("evaluation_due", False), state.get("evaluated", [])
 
+    @property
+    def _metrics_path(self) -> Path:
+        return self.folder.metrics if self.distributed.is_main else Path(os.devnull)
+
     def _open_metrics(self, step: int) -> None:
         """Go on with metrics.jsonl behind `step`."""
-        path = self.folder.metrics if self.distributed.is_main else Path(os.devnull)
-        self.metrics = MetricsLog(path, step if self.distributed.is_main else None, self.reporter)
+        step = step if self.distributed.is_main else None
+        listeners = [self._live.add, *([self.reporter.log] if self.reporter is not None else [])]
+        self.metrics = MetricsLog(self._metrics_path, step, self._clock, listeners)
+        if self.distributed.is_main:
+            self._live.reload()
         self._record_position(self.step)
 
     def _claim_folder(self, text: str, start: checkpoint.Checkpoint | None) -> None:
@@ -236,6 +249,7 @@ class Run:
             "predicted_memory_gib": self._predicted_memory(),
         }
         self.folder.claim(self.config, environment | settled | {"text": text})
+        record_start(self.folder.path, self.step, environment)
         if start and self.config.resume != "auto":
             self._set_aside(start)
         self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
@@ -270,6 +284,7 @@ class Run:
         """Train to the end or until something stops it; what that is, if so. One pass more than steps, for the last periodic
         work."""
         step = first = self.step
+        self.console.go_live(self._live.lines)
         # A collection of garbage in the middle of a step would hold up every rank; it has its time in _write_pending.
         gc.collect()
         gc.freeze()
@@ -356,7 +371,7 @@ class Run:
         gc.collect()
         recent = float(np.median([line["tokens_per_second"] for line in lines]))
         left = (self.plan.total_tokens - lines[-1]["tokens"]) / recent
-        self.say(progress_line(lines[-1], self.plan.max_steps, left))
+        self.console.progress(progress_line(lines[-1], self.plan.max_steps, left))
         for step in steps:
             if step.is_spike:
                 self.say(f"step {step.number} | spike: loss {step.loss:.4f} above {step.limit:.4f}, rows {list(step.rows)}")

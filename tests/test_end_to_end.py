@@ -67,7 +67,8 @@ def start(*command: str) -> subprocess.Popen:
 def test_the_run_folder_has_its_layout(finished: Path) -> None:
     entries = {path.name for path in finished.iterdir()}
     assert entries == {
-        "config.yaml", "environment.json", "status.json", "metrics.jsonl", "checkpoints", "eval", "export", "cache", ".lock"
+        "config.yaml", "environment.json", "status.json", "metrics.jsonl", "checkpoints", "eval", "export", "cache", ".lock",
+        "starts.jsonl",
     }  # fmt: skip
     status = json.loads((finished / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, STEPS)
@@ -83,7 +84,7 @@ def test_metrics_hold_every_step_and_the_evaluations(finished: Path) -> None:
     assert [r["step"] for r in training] == list(range(1, STEPS + 1))
     assert set(training[0]) == {
         "step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "data_wait_fraction", "mfu",
-        "skipped",
+        "skipped", "gpu_memory_gib", "wall_seconds",
     }  # fmt: skip
     assert [r["tokens"] for r in training] == [1024 * n for n in range(1, STEPS + 1)]
     validation = [r for r in records if "val_loss" in r]

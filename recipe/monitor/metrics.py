@@ -5,35 +5,69 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipe.monitor.trackers import Reporter
+from recipe.files import read_json_lines
+
+
+class WallClock:
+    """Seconds that a run has taken over all its starts, set-up, evaluations, saves and lost steps included.
+
+    What earlier starts took is read from the last line of metrics.jsonl, so that the time from there to their end is missing.
+    """
+
+    def __init__(self, path: Path, started: float):
+        """`path`: metrics.jsonl, not yet cut back. `started`: when the process began, on the monotonic clock."""
+        self._before = max((r.get("wall_seconds", 0.0) for r in read_json_lines(path)), default=0.0)
+        self._started = started
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
 
 
 class MetricsLog:
     """metrics.jsonl: one flat object a line, appended.
 
     A run that continues from step N first drops the lines beyond N, which the lost part of the run wrote.
-
-    Args:
-        reporter: gets every record, too.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None, reporter: Reporter | None = None):
-        self._path, self._reporter = path, reporter
+    def __init__(
+        self,
+        path: Path,
+        resume_step: int | None = None,
+        clock: WallClock | None = None,
+        listeners: Sequence[Callable[[list[dict[str, Any]]], None]] = (),
+    ):
+        """`clock`: gives lines of steps and saves their `wall_seconds`; those of evaluations say the same for the same weights,
+        whenever they are written. `listeners`: called with what has been written."""
+        self._path, self._clock, self._listeners = path, clock, listeners
         if resume_step is not None and path.is_file():
             self._truncate(resume_step)
         self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close)
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append records; numbers that JSON cannot hold become null."""
-        for record in records:
-            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            self._handle.write(json.dumps(clean) + "\n")
+        if self._clock:
+            records = self._timed(records, self._clock.seconds())
+        records = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()} for record in records
+        ]
+        self._handle.writelines(json.dumps(record) + "\n" for record in records)
         self._handle.flush()
-        if self._reporter is not None:
-            self._reporter.log(records)
+        for listener in self._listeners:
+            listener(records)
+
+    @staticmethod
+    def _timed(records: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:
+        """Steps are written together, after the last of them: an earlier one ended when the later ones began."""
+        timed = []
+        for record in reversed(records):
+            timed.append(record | {"wall_seconds": round(now, 3)} if {"step_seconds", "save_seconds"} & set(record) else record)
+            now -= record.get("step_seconds", 0.0)
+        return timed[::-1]
 
     def close(self) -> None:
         self._handle.close()

@@ -1,0 +1,228 @@
+"""What a run folder says about its run, at any time of it. Imports no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import time
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipe.config import Config, ConfigError, parse_config
+from recipe.files import read_json_lines
+from recipe.plan import Plan, make_plan
+
+STARTS = "starts.jsonl"
+
+
+def record_start(run: Path, step: int, environment: dict[str, Any]) -> None:
+    """Append a line to starts.jsonl: when, from which step, where, and how many steps and seconds of training the run does
+    again. To be called before metrics.jsonl is cut back to `step`."""
+    records = read_json_lines(run / "metrics.jsonl")
+    lost = [r for r in records if "train_loss" in r and r["step"] > step]
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "ranks": environment["ranks"],
+        "engine": environment["engine"],
+        "device": device_name(environment),
+        "commit": environment["commit"],
+        "lost_steps": len(lost),
+        "lost_seconds": round(sum(r["step_seconds"] for r in lost), 3),
+    }
+    with open(run / STARTS, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(line) + "\n")
+
+
+def device_name(environment: dict[str, Any]) -> str:
+    """`NVIDIA H100 80GB HBM3`, or `CPU (2 cores)`."""
+    hardware = environment.get("hardware", {})
+    return hardware.get("gpu") or f"CPU ({hardware.get('cores', '?')} cores)"
+
+
+@dataclass
+class RunRecord:
+    """The files of a run folder, read once; those that are not there yet are empty."""
+
+    path: Path
+    config: Config
+    fields: dict[str, Any]
+    """config.yaml as it is."""
+    environment: dict[str, Any]
+    status: dict[str, Any]
+    records: list[dict[str, Any]] = field(repr=False)
+    """The lines of metrics.jsonl."""
+
+    @classmethod
+    def read(cls, path: Path, with_metrics: bool = True) -> RunRecord:
+        """
+        Args:
+            with_metrics: whether to read metrics.jsonl, which may be long.
+        Raises:
+            ConfigError: if there is no run at `path`.
+        """
+        check_run(path)
+        config, _ = parse_config([str(path / "config.yaml")])  # a run of another version may have other fields
+        fields = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
+        records = read_json_lines(path / "metrics.jsonl") if with_metrics else []
+        return cls(path, config, fields, read_json(path / "environment.json"), read_json(path / "status.json"), records)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def ranks(self) -> int:
+        return self.environment.get("ranks", 1)
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """The run's derived numbers, None if its configuration is not one of this version."""
+        try:
+            return make_plan(self.config, self.ranks)
+        except (ConfigError, ZeroDivisionError, TypeError):
+            return None
+
+    def having(self, name: str) -> list[dict[str, Any]]:
+        """The records with a number in the field `name`, in the order of their steps."""
+        return sorted((r for r in self.records if r.get(name) is not None), key=lambda r: r["step"])
+
+    @cached_property
+    def training(self) -> list[dict[str, Any]]:
+        """The record of each step."""
+        return sorted((r for r in self.records if "train_loss" in r), key=lambda r: r["step"])
+
+    def tokens_at(self, record: dict[str, Any]) -> int:
+        """Tokens trained when a record was written; those of older runs lack them in some records."""
+        if "tokens" in record:
+            return record["tokens"]
+        position = bisect_right(self._steps, record["step"])
+        return self.training[position - 1]["tokens"] if position else 0
+
+    @cached_property
+    def _steps(self) -> list[int]:
+        return [r["step"] for r in self.training]
+
+    @cached_property
+    def has_wall_clock(self) -> bool:
+        """Whether the records carry the time of all starts, with evaluations and saves, or that of the steps alone is known."""
+        return bool(self.training) and all("wall_seconds" in r for r in self.training)
+
+    @cached_property
+    def _step_clock(self) -> list[float]:
+        """Seconds of training steps up to the end of each."""
+        return list(itertools.accumulate(r["step_seconds"] for r in self.training))
+
+    def seconds_at(self, record: dict[str, Any], wall: bool) -> float:
+        """Seconds into the run when a record was written, by the wall clock or of training steps alone."""
+        position = bisect_right(self._steps, record["step"])
+        if not wall:
+            return self._step_clock[position - 1] if position else 0.0
+        if "wall_seconds" in record:
+            return record["wall_seconds"]
+        return self.training[position - 1]["wall_seconds"] if position else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run so far, by the wall clock if it is known."""
+        if self.has_wall_clock:
+            return max(r.get("wall_seconds", 0.0) for r in self.records)
+        return self._step_clock[-1] if self.training else 0.0
+
+    @cached_property
+    def starts(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.path / STARTS)
+
+    @cached_property
+    def skipped_rows(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.path / "skipped_rows.jsonl")
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """What eval/samples-step-*.json hold, by step."""
+        return [r for p in sorted((self.path / "eval").glob("samples-step-*.json")) if (r := read_json(p))]
+
+    @cached_property
+    def results(self) -> list[dict[str, Any]]:
+        """What the evaluations at the end have written, a task each."""
+        found = [read_json(p) for p in sorted((self.path / "eval").glob("*.json"))]
+        return [r for r in found if "tasks" in r]
+
+    @property
+    def is_mini(self) -> bool:
+        """Whether its HellaSwag is the package's 64 items, whose numbers are no HellaSwag."""
+        return self.config.evaluate_data == "mini"
+
+    def dollars(self, seconds: float, price_per_hour: float | None = None) -> float | None:
+        price = self.config.price_per_hour if price_per_hour is None else price_per_hour
+        return None if price is None else price * seconds / 3600
+
+    def state(self) -> str:
+        """running, finished, stopped, failed; `gone` if the run has not said how it ended and no process trains; `starting`
+        before it has said anything."""
+        state = self.status.get("state", "starting")
+        return "gone" if state == "running" and not is_locked(self.path) else state
+
+    def state_line(self) -> str:
+        """The state in a sentence, with the reason if there is one."""
+        status, state = self.status, self.state()
+        at = f"at step {status.get('step', 0):,}"
+        reason = f": {status['reason']}" if status.get("reason") else ""
+        if state == "failed":
+            rank = f" on rank {status['rank']}" if status.get("rank") is not None else ""
+            return f"failed {at}{rank}{reason}"
+        if state == "gone":
+            return f"ended without a word, last seen {at} {_ago(self.path)}: killed, or its machine is gone"
+        if state == "stopped":
+            by = f" by {status['reason']}" if status.get("reason") else ""
+            return f"stopped {at}{by}; the same command goes on from there"
+        return {"running": f"running, {at}", "finished": f"finished {at}"}.get(state, "starting")
+
+
+def check_run(path: Path) -> None:
+    """
+    Raises:
+        ConfigError: if there is no run at `path`, with those that lie near.
+    """
+    if (path / "config.yaml").is_file():
+        return
+    around = path if path.is_dir() else path.parent
+    near = sorted(str(p.parent) for p in around.glob("*/config.yaml")) if around.is_dir() else []
+    hint = f"there are {', '.join(near[:5])}" if near else "a run is a folder that pretrain.py writes, such as runs/quickstart"
+    what = "holds no run (no config.yaml)" if path.is_dir() else "no such run"
+    raise ConfigError(f"{path}: {what}; {hint}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file; empty if there is none or it is not whole."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process trains in a run folder; True if that cannot be seen."""
+    try:
+        with open(run / ".lock", encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _ago(run: Path) -> str:
+    from recipe.monitor.metrics import format_duration
+
+    times = [p.stat().st_mtime for p in (run / "status.json", run / "metrics.jsonl") if p.is_file()]
+    return f"{format_duration(max(0.0, time.time() - max(times)))} ago" if times else ""

@@ -1,0 +1,356 @@
+"""report.html: its figures are those of metrics.jsonl, at any time and length of a run, on a page that needs nothing else."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from launch import ROOT, metrics
+from recipe.config import ConfigError
+from recipe.evaluation.references import LLMC_CURVES
+from recipe.monitor.charts import MAX_POINTS, MAX_ROWS, Chart, Series, number, steps_series, ticks
+from recipe.monitor.report import Report, write_report
+from recipe.monitor.run_record import RunRecord
+from run_helpers import training_record, write_run
+
+BATCH = 524_288
+
+
+class Page(HTMLParser):
+    """Figures of a page: the points of their lines in the units of their axes, and their tables; every link; every tag."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.figures: dict[str, dict] = {}
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.text = text
+        self._figure, self._cell = None, None
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        given = dict(attributes)
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "xlink:href")]
+        if tag == "figure":
+            self._figure = self.figures[given["id"]] = {"lines": [], "rows": [], "title": ""}
+        if self._figure is None:
+            return
+        if tag == "svg" and "data-x-end" in given:
+            self._figure |= {"x": float(given["data-x-end"])}
+            self._figure |= {"low": float(given["data-y-min"]), "high": float(given["data-y-max"])}
+        elif tag == "path" and given.get("class") == "line" and "x" in self._figure:
+            self._figure["lines"].append([self._place(point) for point in given["d"][1:].split("L")])
+        elif tag == "tr":
+            self._figure["rows"].append([])
+        elif tag in ("td", "th"):
+            self._cell = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "figure":
+            self._figure = None
+        elif tag in ("td", "th") and self._figure and self._cell is not None:
+            self._figure["rows"][-1].append(self._cell)
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell += data
+        elif self._figure is not None:
+            self._figure["title"] += data
+
+    def _place(self, point: str) -> tuple[float, float]:
+        x, y = map(float, point.split())
+        figure = self._figure
+        return figure["x"] * x / 1000, figure["high"] - (figure["high"] - figure["low"]) * y / 1000
+
+
+def html(*runs: Path, **options: object) -> str:
+    """The page, without the PNG files."""
+    return Report([RunRecord.read(run) for run in runs], **options).html()
+
+
+def close(drawn: list[tuple[float, float]], expected: list[tuple[float, float]], figure: dict) -> bool:
+    """Whether points were drawn where they belong, to a five-thousandth of the figure."""
+    width, height = figure["x"], figure["high"] - figure["low"]
+    return len(drawn) == len(expected) and all(
+        abs(a - c) <= width / 5000 and abs(b - d) <= max(height, abs(d)) / 5000
+        for (a, b), (c, d) in zip(drawn, expected, strict=True)
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", 60, "--price_per_hour", "14")
+
+
+def test_the_figures_in_the_page_equal_metrics_jsonl(run: Path) -> None:
+    page = Page(html(run))
+    records = metrics(run)
+    training = [r for r in records if "train_loss" in r]
+    validation = [r for r in records if "val_loss" in r]
+    loss = page.figures["loss_tokens"]
+    lines = loss["lines"]
+    assert close(lines[0], [(r["tokens"], r["train_loss"]) for r in training], loss)
+    assert close(lines[1], [(r["tokens"], r["val_loss"]) for r in validation], loss)
+    timed = page.figures["loss_time"]
+    assert "seconds, wall clock" in timed["title"]
+    assert close(timed["lines"][0], [(r["wall_seconds"], r["train_loss"]) for r in training], timed)
+    clock = {0: 0.0} | {r["step"]: r["wall_seconds"] for r in training}
+    assert close(timed["lines"][1], [(clock[r["step"]], r["val_loss"]) for r in validation], timed)
+    for name, field in {
+        "learning_rate": "lr", "gradient_norm": "grad_norm", "throughput": "tokens_per_second", "mfu": "mfu",
+        "data_wait": "data_wait_fraction", "gpu_memory": "gpu_memory_gib",
+    }.items():  # fmt: skip
+        figure = page.figures[name]
+        assert close(figure["lines"][0], [(r["tokens"], r[field]) for r in training], figure), name
+
+
+def test_the_table_below_a_figure_has_its_numbers(run: Path) -> None:
+    rows = Page(html(run)).figures["loss_tokens"]["rows"]
+    assert rows[0] == ["run", "step", "tokens", "training loss", "validation loss"]
+    training = {r["step"]: r["train_loss"] for r in metrics(run) if "train_loss" in r}
+    validation = {r["step"]: r["val_loss"] for r in metrics(run) if "val_loss" in r}
+    own = [row for row in rows[1:] if row[0] == "run"]
+    assert [row[4] for row in own if row[4]] == [f"{loss:.4f}" for loss in validation.values()]
+    shown = {int(row[1]): row[3] for row in own if row[3]}
+    assert len(shown) >= MAX_ROWS and {1, 60} <= set(shown)
+    assert shown == {step: f"{training[step]:.4f}" for step in shown}
+    published = [row for row in rows[1:] if row[0] == "llm.c 8×A100"]
+    assert [row[4] for row in published] == [f"{p.val_loss:.4f}" for p in LLMC_CURVES["8×A100"]]
+
+
+def test_a_long_run_is_drawn_by_means_that_say_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 20_000)
+    began = time.monotonic()
+    path = write_report([run])
+    assert time.monotonic() - began < 30
+    assert path.stat().st_size < 400_000
+    page = Page(path.read_text())
+    figure = page.figures["loss_tokens"]
+    training = [r for r in metrics(run) if "train_loss" in r]
+    buckets = [training[n : n + 50] for n in range(0, 20_000, 50)]
+    assert len(buckets) == MAX_POINTS
+    means = [(b[-1]["tokens"], sum(r["train_loss"] for r in b) / 50) for b in buckets]
+    assert close(figure["lines"][0], means, figure)
+    assert "a point is the mean of 50 steps, the band their lowest to highest" in figure["title"]
+    assert re.search(r"The first steps, above \d+\.\d\d, lie off the top", figure["title"])
+
+
+def test_a_run_can_be_looked_at_before_its_first_step_and_after_its_first(tmp_path: Path) -> None:
+    started = write_run(tmp_path / "started", 20, records=[], state="running")
+    assert "Loss against" not in html(started)
+    one = write_run(tmp_path / "one", 20, records=[training_record(1, BATCH)], state="running")
+    page = Page(html(one))
+    assert "loss_tokens" in page.figures and "1 of 20 steps" in page.text
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(one / "config.yaml", bare)
+    assert "starting" in html(bare)
+
+
+def test_a_cut_off_line_does_not_hinder(run: Path) -> None:
+    with open(run / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 61, "tok')
+    assert "60 of 60 steps" in html(run)
+
+
+def test_it_needs_nothing_from_elsewhere(run: Path) -> None:
+    page = Page(html(run))
+    assert set(page.links) == {"data:,"}
+    assert "script" not in page.tags and not re.search(r"url\(|@import|javascript:|\son\w+=", page.text)
+
+
+def test_text_from_the_run_cannot_become_markup(run: Path) -> None:
+    evil = "<script>alert(1)</script>&amp;"
+    sample = {"step": 10, "samples": [{"prompt": "The", "continuation": evil, "greedy": "\n" * 40}]}
+    (run / "eval" / "samples-step-00000010.json").write_text(json.dumps(sample))
+    page = Page(html(run))
+    assert "script" not in page.tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;amp;" in page.text and "[39 empty lines]" in page.text
+
+
+def test_every_figure_has_words_for_those_who_do_not_see_it(run: Path) -> None:
+    page = Page(html(run))
+    titles = re.findall(r'role="img" aria-labelledby="(.*?)".*?<title id="(.*?)">(.*?)</title>', page.text, re.DOTALL)
+    assert len(titles) == len(page.figures) >= 7
+    assert all(label == name and len(words) > 40 for label, name, words in titles)
+    assert all(figure["rows"] for figure in page.figures.values())
+
+
+def test_styles_of_hellaswag_have_their_own_figures_and_references(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 60)
+    scores = {"hellaswag_acc_norm": 0.2801, "hellaswag_completion_acc_norm": 0.2702, "hellaswag_n": 10_042}
+    with open(run / "metrics.jsonl", "a") as handle:
+        handle.write(json.dumps({"step": 40, "tokens": 40 * BATCH, **scores}) + "\n")
+    figures = Page(html(run)).figures
+    harness, completion = figures["hellaswag_lm_eval"], figures["hellaswag_completion"]
+    assert [r[3] for r in harness["rows"][1:]] == ["0.2801"]
+    assert "gpt2 0.3114" in harness["title"] and "0.2955" not in harness["title"] and "llm.c 124M" not in harness["title"]
+    assert [r[3] for r in completion["rows"][1:] if r[0] == "run"] == ["0.2702"]
+    assert "gpt2 0.2955" in completion["title"] and "0.3114" not in completion["title"] and "llm.c 124M" in completion["title"]
+
+
+def test_no_reference_beside_what_it_does_not_compare_with(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 60, "--data", "installed-docs", "--evaluate_data", "mini")
+    with open(run / "metrics.jsonl", "a") as handle:
+        handle.write(json.dumps({"step": 40, "tokens": 40 * BATCH, "hellaswag_acc_norm": 0.25, "hellaswag_n": 64}) + "\n")
+    figures = Page(html(run)).figures
+    assert "losses of other texts do not compare" in figures["loss_tokens"]["title"]
+    assert not [row for row in figures["loss_tokens"]["rows"] if row[0].startswith("llm.c")]
+    assert "no reference compares" in figures["hellaswag_lm_eval"]["title"]
+    assert "gpt2" not in figures["hellaswag_lm_eval"]["title"]
+    figures = Page(html(run, llmc=True)).figures
+    assert [row for row in figures["loss_tokens"]["rows"] if row[0].startswith("llm.c")]
+
+
+def test_evaluations_of_the_export(run: Path) -> None:
+    data = {"name": "items.jsonl", "sha256": "12"}
+    numbers = {"n": 64, "acc": 0.25, "acc_stderr": 0.05, "acc_norm": 0.3, "acc_norm_stderr": 0.06, "data": data}
+    (run / "eval" / "hellaswag.json").write_text(json.dumps({"tasks": {"hellaswag": numbers}, "step": 60}))
+    text = html(run)
+    for metric, value in {"acc": "0.2500 ± 0.0500", "acc_norm": "0.3000 ± 0.0600"}.items():
+        assert f"<td>hellaswag (items.jsonl)</td><td>64</td><td>{metric}</td><td>{value}</td>" in text
+
+
+def test_restarts_skipped_steps_and_money(tmp_path: Path) -> None:
+    records = [training_record(step, BATCH, skipped=int(step == 30)) for step in range(1, 61)]
+    records[29]["train_loss"] = None
+    run = write_run(tmp_path / "run", 60, "--price_per_hour", "36", records=records)
+    start = {"time": "2026-11-24T12:00:00+00:00", "step": 0, "ranks": 8, "engine": "Zero1Engine", "device": "A100"}
+    lines = [start | {"lost_steps": 0, "lost_seconds": 0.0}, start | {"step": 20, "lost_steps": 7, "lost_seconds": 2.5}]
+    (run / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = html(run)
+    assert '<dt>Restarts</dt><dd>1</dd><dd class="about">7 steps done again</dd>' in text
+    assert "2026-11-24 12:00:00 UTC" in text and 'class="mark" d="M32' in text  # 20 of 60 steps, and room behind
+    assert "<dt>Skipped steps</dt><dd>1</dd>" in text
+    assert '<tr><th scope="row">run</th><td>30</td><td>gradient not finite</td><td>left out</td>' in text
+    seconds = 60 + 0.35 * 60
+    assert f"<dt>Money</dt><dd>${36 * seconds / 3600:.2f}</dd>" in text
+    assert f"<td>in all</td><td>1m21s</td><td>{36 * seconds / 3600:.2f}</td>" in text
+    assert "<dt>Money</dt><dd>$1.62</dd>" in html(run, price_per_hour=72)
+
+
+def test_two_runs_are_compared(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", 60), write_run(tmp_path / "b", 60, "--learning_rate", "0.002")
+    path = write_report([a, b], tmp_path / "out" / "comparison.html")
+    page = Page(path.read_text())
+    assert "<td>0.0006</td><td>0.002</td>" in page.text
+    differences = page.text.partition('id="differences"')[2].partition("</section>")[0]
+    assert "learning_rate" in differences and "weight_decay" not in differences and "(+0.0000)" in differences
+    assert len(page.figures["learning_rate"]["lines"]) == 2
+    assert {row[0] for row in page.figures["loss_tokens"]["rows"][1:]} >= {"a", "b"}
+    assert (tmp_path / "out" / "plots" / "loss_tokens.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "x" / "run", 20), write_run(tmp_path / "y" / "run", 20)
+    assert f"{b}</th>" in html(a, b)
+
+
+def test_a_run_without_a_wall_clock_is_compared_by_its_steps(tmp_path: Path) -> None:
+    old = [{k: v for k, v in training_record(s, BATCH).items() if k != "wall_seconds"} for s in range(1, 61)]
+    a, b = write_run(tmp_path / "a", 60), write_run(tmp_path / "b", 60, records=old)
+    figure = Page(html(a, b)).figures["loss_time"]
+    assert "training steps alone" in figure["title"]
+    for line in (figure["lines"][0], figure["lines"][2]):  # the old run has no validation losses
+        assert math.isclose(line[-1][0], 60 * 0.33, rel_tol=1e-3)
+
+
+def test_a_failed_run_says_why(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 20, state="failed", reason="OutOfMemoryError: 3 GiB", rank=3)
+    assert "failed at step 20 on rank 3: OutOfMemoryError: 3 GiB" in html(run)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"nowhere: no such run; there are {re.escape(str(run))}"):
+        write_report([tmp_path / "nowhere"])
+    with pytest.raises(ConfigError, match="holds no run"):
+        write_report([tmp_path])
+    with pytest.raises(ConfigError, match="at most 6"):
+        write_report([run] * 7)
+
+
+def test_the_command(run: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "report.py")]
+    done = subprocess.run([*command, str(run)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == f"{run / 'report.html'}\n" and not done.stderr
+    assert {p.name for p in (run / "plots").iterdir()} >= {"loss_tokens.png", "loss_time.png", "learning_rate.png"}
+    done = subprocess.run([*command, str(run / "not")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "no such run" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine (Debian's package is chromium)")
+    return found
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 1200), ("dark", 1200), ("light", 390)])
+def test_a_browser_shows_it_without_complaint(browser: str, tmp_path: Path, scheme: str, width: int) -> None:
+    from PIL import Image
+
+    path, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    path.write_text(html(write_run(tmp_path / "a", 60), write_run(tmp_path / "b", 60, "--learning_rate", "0.002")))
+    done = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={shot}",
+            f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", path.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert shot.is_file(), done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
+    picture = Image.open(shot).convert("RGB")
+    assert picture.width == width
+    assert (sum(picture.getpixel((2, 2))) < 150) == (scheme == "dark")
+    colours = {colour for _, colour in picture.getcolors(1 << 24)}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours or scheme == "dark"
+    assert {(0x56, 0xB4, 0xE9), (0xF0, 0x8C, 0x3C)} <= colours or scheme == "light"
+
+
+def test_points_stand_for_equally_many_steps_and_know_their_extremes() -> None:
+    values = [float(n % 10) for n in range(4000)]
+    values[1234] = None
+    values[2000] = 99.0
+    line, width = steps_series("x", list(range(4000)), values, 0)
+    assert width == 10 and len(line.x) == 400 and line.x[-1] == 3999
+    assert max(line.high) == 99.0 and min(line.low) == 0.0
+    known = [v for v in values if v is not None]
+    assert math.isclose(sum(y * 10 for y in line.y[:-1]) + line.y[-1] * 9, sum(known))
+
+
+def test_short_lines_are_drawn_as_they_are() -> None:
+    line, width = steps_series("x", [1, 2, 3], [3.0, None, 1.0], 0)
+    assert (width, line.x, line.y, line.low) == (1, [1, 3], [3.0, 1.0], [])
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (3.1, 11.2), (0, 9.9e9), (-0.02, 0.31), (0, 6e-4)])
+def test_ticks_are_round_and_within(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 3 <= len(found) <= 9 and low <= found[0] and found[-1] <= high * (1 + 1e-9)
+    steps = {round((b - a) / (high - low), 6) for a, b in zip(found, found[1:], strict=False)}
+    assert len(steps) == 1
+
+
+def test_ticks_on_an_axis_are_told_apart() -> None:
+    chart = Chart("x", "x", "x", "y", "tokens", "{:.1%}", series=[Series("x", [0.0, 1.0], [0.0, 0.001], 0)]).fit(from_zero=True)
+    words = [word for _, word in chart.y_ticks()]
+    assert len(set(words)) == len(words) > 3 and words[1] == "0.02%"
+
+
+@pytest.mark.parametrize(
+    "value, unit, text", [(2.5e9, "tokens", "2.5B"), (0, "tokens", "0"), (491_520, "tokens", "491.5k"), (1.5, "hours", "1.5")]
+)
+def test_numbers_on_an_axis(value: float, unit: str, text: str) -> None:
+    assert number(value, unit) == text
