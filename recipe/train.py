@@ -82,7 +82,7 @@ class Run:
         if stopped_by is None:
             self.signals.nothing_to_save()
             if main:
-                finish_run(self.folder, self.config, self.inputs.tokenizer, self.inputs.validation_rows, print)
+                finish_run(self.folder, self.config, print)
         return stopped_by
 
     def say(self, line: str) -> None:

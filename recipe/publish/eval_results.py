@@ -1,0 +1,78 @@
+"""Evaluations of an export: as files `.eval_results/*.yaml` for the Hub, and in the metadata of the card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry
+from huggingface_hub._eval_results import eval_result_entries_to_yaml
+
+from recipe.files import write_text
+from recipe.run_folder import RunFolder
+
+DATASETS = {
+    "hellaswag": "Rowan/hellaswag", "arc_easy": "allenai/ai2_arc", "arc_challenge": "allenai/ai2_arc", "piqa": "baber/piqa",
+    "winogrande": "allenai/winogrande", "lambada_openai": "EleutherAI/lambada_openai", "openbookqa": "allenai/openbookqa",
+    "sciq": "allenai/sciq",
+}  # fmt: skip
+"""Dataset on the Hub by lm-evaluation-harness' task."""
+_HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
+
+
+def read_results(folder: RunFolder, step: int) -> list[dict[str, Any]]:
+    """The records of eval/*.json that were taken of the model of this step, one task each."""
+    records = []
+    for path in sorted(folder.evaluation.glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # cut off by a crash
+        if isinstance(record, dict) and record.get("step") == step and "tasks" in record:
+            records.append(record)
+    return records
+
+
+def write_eval_results(records: list[dict[str, Any]], export: Path, versions: dict[str, str]) -> None:
+    """Write export/.eval_results/TASK.yaml for each task that was measured on all items of its dataset on the Hub."""
+    folder = export / ".eval_results"
+    for task, metric, value, numbers in _publishable(records):
+        stderr = numbers[f"{metric}_stderr"]
+        entry = EvalResultEntry(
+            dataset_id=DATASETS[task],
+            task_id=task,
+            value=value,
+            source_url=_HARNESS,
+            source_name="lm-evaluation-harness",
+            notes=f"{metric}, zero-shot, standard error {stderr:.4f}, {numbers['n']:,} items, lm_eval {versions['lm_eval']}",
+        )
+        folder.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+        write_text(folder / f"{task}.yaml", text)
+
+
+def card_results(records: list[dict[str, Any]]) -> list[EvalResult]:
+    """The same for the card's metadata (`model-index`)."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=DATASETS[task],
+            dataset_name=task,
+            metric_type=metric,
+            metric_value=round(value, 6),
+            metric_name=f"{metric} (lm-evaluation-harness, zero-shot)",
+        )
+        for task, metric, value, _ in _publishable(records)
+    ]
+
+
+def _publishable(records: list[dict[str, Any]]) -> list[tuple[str, str, float, dict[str, Any]]]:
+    found = []
+    for record in records:
+        for task, numbers in record["tasks"].items():
+            metric = next((name for name in ("acc_norm", "acc") if f"{name}_stderr" in numbers), None)
+            if task in DATASETS and metric and "sha256" not in numbers["data"] and record["limit"] is None:
+                found.append((task, metric, numbers[metric], numbers))
+    return found
