@@ -513,6 +513,8 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "max_hours": lambda rng: rng.choice([None, 0.5 + rng.random()]),
     "spike_threshold": lambda rng: 1 + rng.random(),
     "spike_window": lambda rng: 8 + rng.randrange(1000),
+    "push_to_hub": lambda rng: rng.choice([None, "user/name", "1e3/0x1f", "no/null"]),
+    "push_every": lambda rng: 0,
     "dry_run": lambda rng: False,
     "name": lambda rng: "round",
 }

@@ -7,7 +7,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from recipe.checkpoint import MANIFEST
 from recipe.files import write_json
 from recipe.publish.redaction import holds_token
 from recipe.run_folder import RunFolder
@@ -24,8 +23,8 @@ EXPORT_FILES = (
 )  # fmt: skip
 """Of RUN/export, beside .eval_results/*.yaml."""
 REQUIRED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", MARKER)
-STATE_FILES = (MANIFEST, "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
-"""Of a checkpoint."""
+STATE_FILES = ("MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json", "rng.safetensors")
+"""Of a checkpoint; older ones have no rng.safetensors."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
@@ -53,7 +52,7 @@ def state_files(checkpoint: Path, tokenizer: Path, metrics: Path) -> dict[str, P
     Raises:
         ContentsError: as `export_files`.
     """
-    missing = [name for name in STATE_FILES[:3] if not (checkpoint / name).is_file()]
+    missing = [name for name in STATE_FILES[:4] if not (checkpoint / name).is_file()]
     if missing:
         raise ContentsError(f"{checkpoint} is no whole checkpoint: {', '.join(missing)} missing")
     found = {f"{STATE_FOLDER}/{name}": checkpoint / name for name in STATE_FILES if (checkpoint / name).exists()}
@@ -76,6 +75,9 @@ class HubRecord:
     def __init__(self, folder: RunFolder):
         self._path = folder.path / "hub.json"
         self._value: dict[str, Any] = {"run_id": None, "created": [], "pushed": {}, "resumed_from": None}
+        self._read()
+
+    def _read(self) -> None:
         if self._path.is_file():
             self._value |= json.loads(self._path.read_text(encoding="utf-8"))
 
@@ -108,8 +110,10 @@ class HubRecord:
         return self._value["pushed"].get(f"{repo}@{branch}")
 
     def note_push(self, repo: str, branch: str, commit: str) -> None:
+        self._read()
         self._set(pushed=self._value["pushed"] | {f"{repo}@{branch}": commit})
 
     def _set(self, **values: Any) -> None:
+        self._read()  # another process may push as well
         self._value |= values
         write_json(self._path, self._value)

@@ -18,7 +18,7 @@ from recipe.config import Config, load_config
 from recipe.files import write_json, write_text
 from recipe.model import build_model, gpt2_config
 from recipe.publish.card import write_card
-from recipe.publish.contents import MARKER, TRAINING_CONFIG, HubRecord
+from recipe.publish.contents import MARKER, TRAINING_CONFIG, ContentsError, HubRecord
 from recipe.publish.redaction import redact
 from recipe.run_folder import RunFolder
 from recipe.tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ COMPARED_ROWS, COMPARED_TOKENS = 2, 256
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class ExportError(RuntimeError):
+class ExportError(ContentsError):
     """The export does not compute what the trained model computes; an earlier export is as it was."""
 
 
