@@ -17,7 +17,7 @@ from recipe.evaluation.references import LLMC_CURVES, LLMC_SOURCE, references
 from recipe.files import read_json_lines, write_text
 from recipe.monitor.metrics import format_duration
 from recipe.publish.contents import LOSS_CURVE, MARKER, TRAINING_CONFIG
-from recipe.publish.eval_results import card_results, read_results, write_eval_results
+from recipe.publish.eval_results import COMPLETION_TASK, card_results, read_results, write_eval_results
 from recipe.publish.loss_curve import write_loss_curve
 from recipe.publish.redaction import redact
 from recipe.run_folder import RunFolder
@@ -34,7 +34,6 @@ POWER_LIMITS = {
     "L40S": 350, "L4": 72, "RTX 4090": 450,
 }  # fmt: skip
 """Watts, from NVIDIA's data sheets, by a part of the device's name; the first match counts."""
-COMPLETION_TASK = "hellaswag_completion"
 HELLASWAG_ITEMS = 10_042
 """Of the validation set, on which the references were measured."""
 _CITATIONS = {

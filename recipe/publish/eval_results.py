@@ -13,12 +13,8 @@ from huggingface_hub._eval_results import eval_result_entries_to_yaml
 from recipe.files import write_text
 from recipe.run_folder import RunFolder
 
-DATASETS = {
-    "hellaswag": "Rowan/hellaswag", "arc_easy": "allenai/ai2_arc", "arc_challenge": "allenai/ai2_arc", "piqa": "baber/piqa",
-    "winogrande": "allenai/winogrande", "lambada_openai": "EleutherAI/lambada_openai", "openbookqa": "allenai/openbookqa",
-    "sciq": "allenai/sciq",
-}  # fmt: skip
-"""Dataset on the Hub by lm-evaluation-harness' task."""
+COMPLETION_TASK = "hellaswag_completion"
+"""HellaSwag in llm.c's style, which is not lm-evaluation-harness'."""
 _HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 
 
@@ -41,9 +37,10 @@ def write_eval_results(records: list[dict[str, Any]], export: Path, versions: di
     for task, metric, value, numbers in _publishable(records):
         stderr = numbers[f"{metric}_stderr"]
         entry = EvalResultEntry(
-            dataset_id=DATASETS[task],
+            dataset_id=numbers["data"]["name"],
             task_id=task,
             value=value,
+            dataset_revision=numbers["data"]["revision"],
             source_url=_HARNESS,
             source_name="lm-evaluation-harness",
             notes=f"{metric}, zero-shot, standard error {stderr:.4f}, {numbers['n']:,} items, lm_eval {versions['lm_eval']}",
@@ -58,13 +55,14 @@ def card_results(records: list[dict[str, Any]]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=DATASETS[task],
+            dataset_type=numbers["data"]["name"],
             dataset_name=task,
+            dataset_revision=numbers["data"]["revision"],
             metric_type=metric,
             metric_value=round(value, 6),
             metric_name=f"{metric} (lm-evaluation-harness, zero-shot)",
         )
-        for task, metric, value, _ in _publishable(records)
+        for task, metric, value, numbers in _publishable(records)
     ]
 
 
@@ -73,6 +71,7 @@ def _publishable(records: list[dict[str, Any]]) -> list[tuple[str, str, float, d
     for record in records:
         for task, numbers in record["tasks"].items():
             metric = next((name for name in ("acc_norm", "acc") if f"{name}_stderr" in numbers), None)
-            if task in DATASETS and metric and "sha256" not in numbers["data"] and record["limit"] is None:
+            on_hub = "sha256" not in numbers["data"] and numbers["data"]["name"]
+            if on_hub and metric and record["limit"] is None and task != COMPLETION_TASK:
                 found.append((task, metric, numbers[metric], numbers))
     return found
