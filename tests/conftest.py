@@ -64,7 +64,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, fineweb_folder: Path) 
     folder = tmp_path_factory.mktemp("trained") / "gpt2-tiny"
     fields = TINY | {"data": fineweb_folder, "output_dir": folder, "max_steps": 20, "save_every": 10, "eval_every": 10}
     command = [sys.executable, PRETRAIN, *options(**fields, n_positions=128, precision="fp32")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return folder
 

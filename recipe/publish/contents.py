@@ -116,4 +116,5 @@ class HubRecord:
     def _set(self, **values: Any) -> None:
         self._read()  # another process may push as well
         self._value |= values
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._path, self._value)
