@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from hub_server import Fault, HubServer
+from launch import PRETRAIN, TINY, losses, options
 from push_helpers import (
     REPO,
     TOKEN,
@@ -26,13 +29,10 @@ from push_helpers import (
     the_repo,
     writes,
 )
-from recipe.publish.outbox import Outbox
-from test_push import EXPORT, STATE
-
-from hub_server import Fault, HubServer
-from launch import PRETRAIN, TINY, losses, options
 from recipe.files import sha256
+from recipe.publish.outbox import Outbox
 from recipe.run_folder import RunFolder
+from test_push import EXPORT, STATE
 
 PUSHING = {"push_to_hub": REPO, "push_every": 10, "push_patience": 0}
 
@@ -55,7 +55,7 @@ def train(server: HubServer, home: Path, data: Path, folder: Path, **fields: obj
 
 
 def same_weights(one: Path, other: Path, step: int = 20) -> bool:
-    files = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+    files = ("model.safetensors", "optimizer.safetensors")
     folders = [run / "checkpoints" / f"step-{step:08d}" for run in (one, other)]
     return all(sha256(folders[0] / name) == sha256(folders[1] / name) for name in files)
 
@@ -209,9 +209,8 @@ def _pushes(cmdline: Path, folder: Path) -> bool:
 
 
 def test_the_outbox_keeps_the_oldest_and_the_newest(trained_run, tmp_path):
-    from recipe.publish.push import Destination
-
     from recipe.checkpoint import Checkpoint
+    from recipe.publish.push import Destination
 
     run = RunFolder(shutil.copytree(trained_run, tmp_path / "run"))
     outbox, source = Outbox(run), run.checkpoints / "step-00000010"
