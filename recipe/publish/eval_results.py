@@ -27,6 +27,8 @@ def read_results(folder: RunFolder, step: int) -> list[dict[str, Any]]:
         except ValueError:
             continue  # cut off by a crash
         if isinstance(record, dict) and record.get("step") == step and "tasks" in record:
+            for numbers in record["tasks"].values():  # older records do not say which items these were
+                numbers.setdefault("data", {"name": record.get("data") or "items not recorded", "sha256": None})
             records.append(record)
     return records
 
