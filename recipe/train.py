@@ -496,7 +496,7 @@ class Run:
             path = done.pop("path")
             self.say(f"step {done['step']} | saved {path} in {whole:.1f} s, training stood {stall:.2f} s for it")
             if self._push:
-                self._push.saved(done["step"], path)
+                self._push.saved(checkpoint.Checkpoint(path, done["step"]))
             self.metrics.write([done])
 
 

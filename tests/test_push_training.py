@@ -67,7 +67,8 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def test_a_run_pushes_and_another_machine_continues_it_to_the_same_weights(server, tmp_path, fineweb_folder, trained_run):
+@pytest.mark.slow
+def test_a_run_pushes_while_it_trains_the_same_weights(server, tmp_path, fineweb_folder, trained_run):
     folder = tmp_path / "runs" / "gpt2-tiny"
     done = train(server, tmp_path, fineweb_folder, folder, **PUSHING, push_state="true")
     assert done.returncode == 0, done.stderr
@@ -80,9 +81,14 @@ def test_a_run_pushes_and_another_machine_continues_it_to_the_same_weights(serve
     assert TOKEN.encode() not in everything_sent(server)
     assert not [path for path in files_below(tmp_path) if TOKEN.encode() in path.read_bytes()]
 
-    shutil.rmtree(tmp_path / "runs")
+
+def test_another_machine_continues_a_pushed_run_to_the_same_weights(server, tmp_path, fineweb_folder, trained_run):
+    first = shutil.copytree(trained_run, tmp_path / "first")
+    assert push(server, tmp_path, first, "--checkpoint", "10", "--with_state").returncode == 0
+    shutil.rmtree(first)
+    folder, home = tmp_path / "runs" / "gpt2-tiny", tmp_path / "elsewhere"
     resume = {"resume": f"hub:{REPO}@step-10"}
-    done = train(server, tmp_path / "elsewhere", fineweb_folder, folder, **resume, **PUSHING)
+    done = train(server, home, fineweb_folder, folder, **resume, push_to_hub=REPO)
     assert done.returncode == 0, done.stderr
     assert "at step 10" in done.stdout and "step 20/20" in done.stdout
     assert same_weights(folder, trained_run)
@@ -91,7 +97,7 @@ def test_a_run_pushes_and_another_machine_continues_it_to_the_same_weights(serve
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
     assert not list((folder / "cache").glob("hub-*"))
     # The same command again goes on from its own last checkpoint.
-    done = train(server, tmp_path / "elsewhere", fineweb_folder, folder, **resume)
+    done = train(server, home, fineweb_folder, folder, **resume)
     assert done.returncode == 0 and "at step 20" in done.stdout, done.stderr
 
 
@@ -138,6 +144,7 @@ def test_a_new_run_that_may_not_push_does_not_start(server, tmp_path, fineweb_fo
     assert fault or not writes(server)
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_without_a_hub_and_the_next_start_pushes_what_it_left(server, tmp_path, fineweb_folder, trained_run):
     folder = tmp_path / "runs" / "gpt2-tiny"
     with socket.socket() as closed:
@@ -165,6 +172,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_no_fault_of_the_hub_changes_how_a_run_ends(server, tmp_path, fineweb_folder, trained_run, fault):
     """Of a finished run that is started again, the quickest that pushes."""
@@ -183,6 +191,7 @@ def test_no_fault_of_the_hub_changes_how_a_run_ends(server, tmp_path, fineweb_fo
     assert paths(server) == EXPORT and not Outbox(RunFolder(run)).entries()
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_process_that_pushes_and_ends(server, tmp_path, fineweb_folder):
     folder = tmp_path / "runs" / "gpt2-tiny"
     arguments = command(fineweb_folder, folder, **PUSHING, max_steps=4000, max_epochs=50)
@@ -233,7 +242,7 @@ def test_a_run_starts_from_given_weights(server, tmp_path, fineweb_folder, train
 
     assert push(server, tmp_path, shutil.copytree(trained_run, tmp_path / "run")).returncode == 0
     export = trained_run / "export"
-    short = {"max_steps": 1, "learning_rate": 0, "evaluate_tasks": "none", "tokenizer": str(export)}
+    short = {"max_steps": 1, "learning_rate": 0, "warmup_steps": 0, "evaluate_tasks": "none", "tokenizer": str(export)}
     last = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines() if "val_loss" in line][-1]
     for number, name in enumerate((str(export), REPO, f"{REPO}@main")):
         folder = tmp_path / f"from{number}"
@@ -259,4 +268,4 @@ def test_weights_that_do_not_fit_are_refused_with_what_would(server, tmp_path, f
         ({"init_from": "tester/nothing"}, "cannot load folder or Hub id tester/nothing"),
     ):
         done = train(server, tmp_path, fineweb_folder, tmp_path / "new", **fields)
-        assert done.returncode == 2 and f"init_from: {fields['init_from']}"[:12] in done.stderr and message in done.stderr
+        assert done.returncode == 2 and "init_from: " in done.stderr and message in done.stderr

@@ -25,14 +25,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from recipe.checkpoint import MANIFEST, Checkpoint
 from recipe.config import Config, ConfigError, first_line
 from recipe.files import write_json
+from recipe.publish.contents import STATE_FILES
 from recipe.publish.hub import HubError
 from recipe.publish.push import Destination, push_checkpoint, push_export
 from recipe.publish.redaction import redact
 from recipe.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from recipe.checkpoint import Checkpoint
 
 FINAL = "final"
 MOST_CHECKPOINTS = 4
@@ -60,13 +64,11 @@ class Outbox:
         Raises:
             OSError: if its files cannot be linked.
         """
-        names = [MANIFEST, "state.json", "model.safetensors"]
-        if destination.with_state:
-            names = [path.name for path in found.path.iterdir()]
+        names = STATE_FILES if destination.with_state else ("MANIFEST.json", "model.safetensors", "state.json")
 
         def fill(entry: Path) -> None:
             (entry / "checkpoint").mkdir()
-            for name in names:
+            for name in (name for name in names if (found.path / name).exists()):
                 os.link(found.path / name, entry / "checkpoint" / name)
 
         self._add(f"step-{found.step:08d}", found.step, destination, fill)
@@ -146,6 +148,8 @@ def _deliver(folder: RunFolder, entry: Path, say: Callable[[str], None]) -> None
     if entry.name == FINAL:
         push_export(folder, destination, say)
     else:
+        from recipe.checkpoint import Checkpoint  # torch: not for the finished model, which is exported already
+
         push_checkpoint(folder, Checkpoint(entry / "checkpoint", ticket["step"]), destination, say)
     shutil.rmtree(entry)
 
@@ -164,10 +168,10 @@ class BackgroundPush:
         if self._outbox.entries():
             self._quietly(self._start)
 
-    def saved(self, step: int, path: Path) -> None:
+    def saved(self, found: Checkpoint) -> None:
         """A checkpoint was committed: push it if it is due."""
-        if self._config.push_every and step % self._config.push_every == 0:
-            self._quietly(self._add, Checkpoint(path, step))
+        if self._config.push_every and found.step % self._config.push_every == 0:
+            self._quietly(self._add, found)
 
     def finish(self, step: int) -> None:
         """Push the finished model and wait until it is there, or push_patience is over without success."""
