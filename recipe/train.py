@@ -32,7 +32,7 @@ from recipe.optim.schedule import hyperparameters
 from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.publish.finish import finish_run
 from recipe.publish.outbox import BackgroundPush, check_destination
-from recipe.publish.training_state import is_pulled, keep_pulled, pull_state
+from recipe.publish.training_state import is_pulled, keep_pulled, pull_on_main
 from recipe.recovery import Recovery, Rollback, TrainingError
 from recipe.rng import gather_rng, restore_rng
 from recipe.run_folder import RunFolder, describe_environment
@@ -127,7 +127,7 @@ class Run:
         self.precision = resolve_precision(config.precision, distributed.cuda)
         self._pulled = None
         if config.resume.startswith("hub:"):
-            self._pulled = distributed.on_main(pull_state, config.resume, self.folder)
+            self._pulled = pull_on_main(config.resume, self.folder, distributed)
         if config.push_to_hub:
             distributed.on_main(check_destination, config, self.folder, self.say)
         self.hellaswag = None

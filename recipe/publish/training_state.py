@@ -10,9 +10,22 @@ from pathlib import Path
 from recipe import checkpoint
 from recipe.checkpoint import MANIFEST, Checkpoint
 from recipe.config import ConfigError, first_line
+from recipe.distributed import Distributed
 from recipe.publish.contents import MARKER, STATE_FOLDER, HubRecord
 from recipe.publish.redaction import redact
 from recipe.run_folder import RunFolder
+
+
+def pull_on_main(resume: str, folder: RunFolder, distributed: Distributed) -> Checkpoint | None:
+    """`pull_state` on rank 0, its result or error on every rank, however long the download takes. Collective."""
+    pulled: list[Checkpoint | None] = []
+
+    def pull() -> None:
+        if distributed.is_main:
+            pulled.append(pull_state(resume, folder))
+
+    distributed.on_each_node(pull)
+    return distributed.broadcast(pulled[0] if pulled else None)
 
 
 def pull_state(resume: str, folder: RunFolder) -> Checkpoint | None:
