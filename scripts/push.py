@@ -65,7 +65,9 @@ def push(arguments: argparse.Namespace) -> int:
     if arguments.pending:
         from recipe.publish.outbox import deliver_all
 
-        return 0 if deliver_all(folder, arguments.patience, print) else 1
+        delivered = deliver_all(folder, arguments.patience, print)
+        print("nothing is left to push" if delivered else "the rest stays in the outbox")
+        return 0 if delivered else 1
     destination = Destination(arguments.repo, not arguments.public, arguments.into_existing, arguments.with_state)
     if arguments.checkpoint is None:
         push_export(folder, destination, print, arguments.branch or MAIN, arguments.patience)

@@ -30,7 +30,9 @@ from push_helpers import (
     writes,
 )
 from recipe.files import sha256
-from recipe.publish.outbox import Outbox
+from recipe.publish.contents import ContentsError
+from recipe.publish.hub import HubError
+from recipe.publish.outbox import Outbox, deliver_all
 from recipe.run_folder import RunFolder
 from test_push import EXPORT, STATE
 
@@ -231,6 +233,87 @@ def test_the_outbox_keeps_the_oldest_and_the_newest(trained_run, tmp_path):
     entry = outbox.path / "step-00000010" / "checkpoint"
     assert (entry / "model.safetensors").samefile(source / "model.safetensors")
     assert {p.name for p in entry.iterdir()} == {"MANIFEST.json", "state.json", "model.safetensors"}
+
+
+class Clock:
+    """In place of the module time: it passes when somebody waits."""
+
+    def __init__(self) -> None:
+        self.now, self.ends_at = 1000.0, 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def training(self, seconds: float) -> bool:
+        """Wait as the process of the outbox does: until the training ends, if that comes first."""
+        if self.now < self.ends_at:
+            self.now = min(self.now + seconds, self.ends_at)
+            return self.now >= self.ends_at
+        self.now += seconds
+        return True
+
+
+@pytest.fixture
+def waiting(trained_run, tmp_path, monkeypatch):
+    """A run with a finished model in its outbox, the clock, and the attempts to push that were made."""
+    from recipe.publish import outbox
+    from recipe.publish.push import Destination
+
+    run, clock, attempts = RunFolder(shutil.copytree(trained_run, tmp_path / "run")), Clock(), []
+    Outbox(run).add_final(20, Destination(REPO))
+    monkeypatch.setattr(outbox, "time", clock)
+
+    def fail_with(error: Exception) -> None:
+        def deliver(folder, entry, say):
+            attempts.append(clock.now)
+            raise error
+
+        monkeypatch.setattr(outbox, "_deliver", deliver)
+
+    return run, clock, attempts, fail_with
+
+
+@pytest.mark.parametrize("patience, expected", [(0, [0]), (10, [0, 2, 6]), (120, [0, 2, 6, 14, 30, 62])])
+def test_attempts_become_rarer_and_end(waiting, patience, expected):
+    run, clock, attempts, fail_with = waiting
+    fail_with(HubError("no answer", passing=True))
+    assert not deliver_all(run, patience, lambda line: None)
+    assert [at - 1000 for at in attempts] == expected and Outbox(run).entries()
+
+
+def test_patience_begins_when_the_training_ends(waiting):
+    run, clock, attempts, fail_with = waiting
+    clock.ends_at = 1000 + 3600
+    fail_with(HubError("no answer", passing=True))
+    assert not deliver_all(run, 10, lambda line: None, clock.training)
+    assert [at - clock.ends_at for at in attempts if at >= clock.ends_at] == [0, 2, 6]
+    assert 60 < len(attempts) < 75, "about one a minute"
+
+
+def test_what_the_hub_refuses_is_tried_while_the_training_goes_on_and_once_at_its_end(waiting):
+    run, clock, attempts, fail_with = waiting
+    clock.ends_at = 1000 + 300
+    fail_with(HubError("who are you"))
+    assert not deliver_all(run, 120, lambda line: None, clock.training)
+    assert attempts[-1] == clock.ends_at and len(attempts) > 5 and Outbox(run).entries()
+
+
+def test_the_hub_is_given_the_time_that_it_asks_for(waiting):
+    run, clock, attempts, fail_with = waiting
+    fail_with(HubError("too many", passing=True, retry_after=50))
+    assert not deliver_all(run, 120, lambda line: None)
+    assert [at - 1000 for at in attempts] == [0, 50, 100]
+
+
+def test_an_entry_that_cannot_be_pushed_does_not_hold_up_the_others(waiting):
+    run, clock, attempts, fail_with = waiting
+    fail_with(ContentsError("no whole export"))
+    said = []
+    assert deliver_all(run, 0, said.append)
+    assert not Outbox(run).entries() and "is given up: no whole export" in said[0]
 
 
 # --- init_from ----------------------------------------------------------------------------------------------------

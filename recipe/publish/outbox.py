@@ -101,30 +101,35 @@ class Outbox:
             yield
 
 
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return True
+
+
 def deliver_all(
-    folder: RunFolder, patience: float, say: Callable[[str], None], is_awaited: Callable[[float], bool] = lambda seconds: True
+    folder: RunFolder, patience: float, say: Callable[[str], None], is_awaited: Callable[[float], bool] = _sleep
 ) -> bool:
     """Push what waits, and take it out of the outbox.
 
     Args:
-        patience: seconds without success after which to give up.
+        patience: seconds without success, while somebody waits for us, after which to give up.
         is_awaited: waits that many seconds; whether somebody waits for us. As long as nobody does (the training goes on), we
             never give up.
     Returns:
         whether nothing is left.
     """
     outbox = Outbox(folder)
-    failing_since, pause = None, FIRST_PAUSE
+    failing_since, pause, was_awaited = None, FIRST_PAUSE, False
     with outbox.lock():
         while entries := outbox.entries():
-            entry, wait = entries[0], pause
+            entry, asked = entries[0], 0.0
             try:
                 _deliver(folder, entry, say)
                 failing_since, pause = None, FIRST_PAUSE
                 continue
             except HubError as error:
                 say(f"{entry.name} not pushed: {error}")
-                may_pass, wait = error.passing, max(pause, error.retry_after)
+                may_pass, asked = error.passing, error.retry_after
             except OSError as error:  # the disk is full, or the entry was given up for a newer one
                 if not entry.exists():
                     continue
@@ -134,8 +139,11 @@ def deliver_all(
                 shutil.rmtree(entry, ignore_errors=True)
                 say(f"{entry.name} is given up: {first_line(error)}. scripts/push.py can push what the run still has")
                 continue
-            failing_since = failing_since or time.monotonic()
-            if is_awaited(0) and (not may_pass or time.monotonic() + wait - failing_since > patience):
+            awaited = is_awaited(0)
+            if failing_since is None or (awaited and not was_awaited):
+                failing_since, pause = time.monotonic(), FIRST_PAUSE
+            was_awaited, wait = awaited, max(pause, asked)
+            if awaited and (not may_pass or time.monotonic() + wait - failing_since > patience):
                 return False
             is_awaited(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
