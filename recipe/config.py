@@ -28,6 +28,13 @@ INSTALLED_DOCS = "installed-docs"
 """The value of `data` that stands for the documentation of the installed packages (see recipe/data/installed_docs.py)."""
 
 
+HUB_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+"""USER/NAME of a repository on the Hub."""
+
+HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
+"""An access token of the Hub."""
+
+
 class ConfigError(ValueError):
     """One or more problems with the configuration or the input; `problems` holds one line each. Exit code 2."""
 
@@ -157,7 +164,10 @@ class TrainingConfig:
     """The run folder. Default: runs/<name of the YAML file>."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of the run folder, if any; none: start afresh, refused on a folder that
-    holds a run; or the path of a checkpoint."""
+    holds a run; the path of a checkpoint; or `hub:USER/NAME@REVISION`, what a run with push_state has pushed there."""
+    init_from: str | None = None
+    """Start from these weights instead of random ones: a folder or `USER/NAME[@revision]` with any GPT-2 checkpoint of the
+    same n_layer, n_head, n_embd, n_positions and vocabulary. Default: from scratch."""
     save_every: int = 500
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = 2
@@ -214,11 +224,35 @@ class EvaluationConfig:
 @dataclass(kw_only=True)
 class MonitorConfig:
     price_per_hour: float | None = None
-    """Dollars that the whole machine costs an hour, for the money in the live view and the report. Default: unknown."""
+    """Dollars that the whole machine costs an hour, for the money in the live view, the report and the model card. Default:
+    unknown."""
 
 
 @dataclass(kw_only=True)
-class Config(DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, FaultConfig, EvaluationConfig, MonitorConfig):
+class PublishConfig:
+    export_dtype: typing.Literal["fp32", "bf16"] = "fp32"
+    """Weights of the export: the fp32 masters, or these rounded to bf16 in half the space."""
+    push_to_hub: str | None = None
+    """Push the finished model to this repository, `USER/NAME`, with the token of HF_TOKEN or of `hf auth login`. It is made if
+    it does not exist; one that another run or somebody else made is refused. Default: nothing leaves the machine."""
+    push_every: int = 0
+    """Steps between checkpoints that are pushed to branches `step-N` while the training goes on (a multiple of save_every);
+    0 pushes only the finished model."""
+    push_state: bool = False
+    """Push the checkpoint itself, too, three times the size of the model, so that `resume hub:USER/NAME@step-N` can continue
+    the run."""
+    push_patience: float = 120
+    """Seconds to keep trying at the end of the run when the Hub does not answer. What is left is pushed at the next start."""
+    hub_private: bool = True
+    """Make the repository private, and push nothing to one that is not. false: make it public."""
+    hub_into_existing: bool = False
+    """Push also into a repository that this run did not make, over files of the same names."""
+
+
+@dataclass(kw_only=True)
+class Config(
+    DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, FaultConfig, EvaluationConfig, MonitorConfig, PublishConfig
+):
     """All fields of a run, flat, as in the YAML file and on the command line."""
 
     dry_run: bool = False
@@ -231,7 +265,8 @@ NOT_PART_OF_THE_RUN = frozenset(
     "dry_run name output_dir resume save_every keep_checkpoints log_every eval_every hellaswag_every hellaswag_items "
     "sample_every evaluate_tasks evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size "
     "activation_checkpointing compile kernels max_epochs keep_every keep_best max_hours watchdog_seconds on_nonfinite "
-    "spike_action spike_threshold spike_window report_to price_per_hour".split()
+    "spike_action spike_threshold spike_window report_to price_per_hour export_dtype push_to_hub push_every push_state "
+    "push_patience hub_private hub_into_existing".split()
 )
 """Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
 
@@ -307,6 +342,12 @@ def parse_config(arguments: list[str]) -> tuple[Config, list[str]]:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]}?" if nearest else "; --help lists the fields"
             problems.append(f"{name}: unknown field ({source}){hint}")
+            continue
+        if HUB_TOKEN.search(str(value)):
+            problems.append(
+                f"{name}: the value ({source}) holds an access token, which would end up in logs and files; revoke it, "
+                "and put a new one into HF_TOKEN or `hf auth login`"
+            )
             continue
         try:
             setattr(config, name, _convert(value, hints[name]))
@@ -450,7 +491,7 @@ _AT_LEAST = {
     "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0, "muon_ns_steps": 1, "batch_tokens": 1, "micro_batch_size": 1,
     "max_steps": 1, "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
     "hellaswag_every": 0, "hellaswag_items": 1, "sample_every": 0, "evaluate_limit": 1, "keep_every": 0, "watchdog_seconds": 0,
-    "spike_threshold": 1, "spike_window": 8, "price_per_hour": 0,
+    "spike_threshold": 1, "spike_window": 8, "price_per_hour": 0, "push_every": 0, "push_patience": 0,
 }  # fmt: skip
 _BELOW = {"beta1": 1, "beta2": 1, "muon_momentum": 1, "seed": 2**64}
 
@@ -482,6 +523,7 @@ def _range_problems(config: Config) -> list[str]:
         parse_batch_ramp(config.batch_ramp)
     except ValueError:
         problems.append(f"batch_ramp: {config.batch_ramp!r} is not a list of TOKENSxSTEPS; write it as 131072x1000,262144x500")
+    problems += _hub_problems(config)
     if config.tokenizer.startswith("train:"):
         try:
             valid = 257 <= _convert(config.tokenizer.removeprefix("train:"), int) <= 65_536
@@ -489,6 +531,21 @@ def _range_problems(config: Config) -> list[str]:
             valid = False
         if not valid:
             problems.append(f"tokenizer: {config.tokenizer}: VOCAB_SIZE must be a whole number from 257 to 65536")
+    return problems
+
+
+def _hub_problems(config: Config) -> list[str]:
+    problems = []
+    if config.push_to_hub is not None and not HUB_REPO.fullmatch(config.push_to_hub):
+        problems.append(f"push_to_hub: {config.push_to_hub!r} does not say where to; write it as USER/NAME")
+    if config.push_every and config.push_to_hub is None:
+        problems.append("push_every: there is nowhere to push to; give push_to_hub USER/NAME")
+    if config.push_every and (not config.save_every or config.push_every % config.save_every):
+        problems.append(f"push_every: {config.push_every} is not a multiple of save_every {config.save_every}")
+    if config.resume.startswith("hub:"):
+        repo, _, revision = config.resume.removeprefix("hub:").partition("@")
+        if not HUB_REPO.fullmatch(repo) or not revision:
+            problems.append(f"resume: {config.resume!r} is not hub:USER/NAME@REVISION; hub:me/gpt2-124m@step-5000 is")
     return problems
 
 

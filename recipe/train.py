@@ -23,6 +23,7 @@ from recipe.evaluation.in_loop import InLoopHellaSwag, sample, validate
 from recipe.evaluation.items import read_items
 from recipe.evaluation.scoring import Interrupted
 from recipe.files import write_json
+from recipe.initial_weights import load_initial_weights
 from recipe.inputs import Inputs
 from recipe.micro_batch import check_alike, predicted_memory
 from recipe.model import build_model
@@ -35,6 +36,8 @@ from recipe.optim.groups import parameter_groups, state_kinds
 from recipe.optim.schedule import hyperparameters
 from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.publish.finish import finish_run
+from recipe.publish.outbox import BackgroundPush, check_destination
+from recipe.publish.training_state import is_pulled, keep_pulled, pull_on_main
 from recipe.recovery import Recovery, Rollback, TrainingError
 from recipe.rng import gather_rng, restore_rng
 from recipe.run_folder import RunFolder, describe_environment
@@ -59,6 +62,8 @@ class Run:
         self._lineage: list[int] = []
         self._compiled = False
         self._validated: tuple[int, float] | None = None
+        self._push: BackgroundPush | None = None
+        """On rank 0, if the run is pushed."""
 
     def execute(self) -> str | None:
         """Set up, train, and on rank 0 export and evaluate. What stopped the training early, if anything did."""
@@ -93,7 +98,9 @@ class Run:
         if stopped_by is None:
             self.signals.nothing_to_save()
             if main:
-                finish_run(self.folder, self.config, self.inputs.tokenizer, self.inputs.validation_rows, print)
+                finish_run(self.folder, self.config, print)
+                if self._push:
+                    self._push.finish(self.step)
         return stopped_by
 
     def say(self, line: str) -> None:
@@ -129,6 +136,11 @@ class Run:
             distributed.on_main(self.folder.lock)
         self.precision = resolve_precision(config.precision, distributed.cuda)
         check_alike(distributed.gather((config.micro_batch_size, bool(config.activation_checkpointing))))
+        self._pulled = None
+        if config.resume.startswith("hub:"):
+            self._pulled = pull_on_main(config.resume, self.folder, distributed)
+        if config.push_to_hub:
+            distributed.on_main(check_destination, config, self.folder, self.say)
         self.hellaswag = None
         items = distributed.on_main(read_items, config.evaluate_data, config.hellaswag_items) if config.hellaswag_every else []
         self.inputs = Inputs(config, self.plan, self.folder, distributed)
@@ -149,6 +161,8 @@ class Run:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((self.folder.cache / "compiled").absolute()))
         os.environ.setdefault("TRITON_CACHE_DIR", str((self.folder.cache / "compiled" / "triton").absolute()))
         model = build_model(config, self.encoder.vocab_size, self.encoder.end_of_text)
+        if config.init_from and not start:
+            load_initial_weights(model, config, self.encoder.vocab_size, distributed)
         full_state = start.full_state() if start else {}
         shapes = {n: t.shape for n, t in full_state.items() if n.startswith("model.")}
         if start and shapes != {f"model.{n.removeprefix('gpt2.')}": p.shape for n, p in model.named_parameters()}:
@@ -252,6 +266,10 @@ class Run:
         record_start(self.folder.path, self.step, environment)
         if start and self.config.resume != "auto":
             self._set_aside(start)
+        if start and is_pulled(start, self.folder):
+            keep_pulled(start, self.folder)
+        if self.config.push_to_hub:
+            self._push = BackgroundPush(self.folder, self.config, self.say)
         self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
         self.folder.status("running", None, self.step, self.plan.tokens_after(self.step))
         self._versions = environment["versions"]
@@ -263,7 +281,9 @@ class Run:
     def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
         if self.config.resume == "none":
             return None
-        if self.config.resume != "auto":
+        if self._pulled:
+            return self._pulled
+        if self.config.resume != "auto" and not self.config.resume.startswith("hub:"):
             try:
                 return self.distributed.on_main(checkpoint.verify, Path(self.config.resume))
             except checkpoint.CheckpointError as error:
@@ -510,7 +530,10 @@ class Run:
             for failure in done.pop("failures"):
                 self.say(f"warning: {failure}")
             stall, whole = done["save_stall_seconds"], done["save_seconds"]
-            self.say(f"step {done['step']} | saved {done.pop('path')} in {whole:.1f} s, training stood {stall:.2f} s for it")
+            path = done.pop("path")
+            self.say(f"step {done['step']} | saved {path} in {whole:.1f} s, training stood {stall:.2f} s for it")
+            if self._push:
+                self._push.saved(checkpoint.Checkpoint(path, done["step"]))
             self.metrics.write([done])
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from launch import PRETRAIN, TINY, environment, options
 
 WORDS = (
     "the a river stone light wind carries over under hill valley bright slow morning evening bird water tree house "
@@ -52,6 +56,17 @@ def write_fineweb(folder: Path, files: int, documents: int, row_group_size: int 
 def fineweb_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three parquet files in FineWeb's schema, about 120,000 tokens of a small BPE."""
     return write_fineweb(tmp_path_factory.mktemp("fineweb"), files=3, documents=200)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, fineweb_folder: Path) -> Path:
+    """The folder of a finished run of 20 steps with checkpoints at 10 and 20. To be copied, not changed."""
+    folder = tmp_path_factory.mktemp("trained") / "gpt2-tiny"
+    fields = TINY | {"data": fineweb_folder, "output_dir": folder, "max_steps": 20, "save_every": 10, "eval_every": 10}
+    command = [sys.executable, PRETRAIN, *options(**fields, n_positions=128, precision="fp32")]
+    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 # --- docs/reliability.md ------------------------------------------------------------------------------------------

@@ -313,8 +313,19 @@ def preupload(hub: HubServer, request: Request, repo: Repo, revision: str) -> An
         mode = "lfs" if _is_large(file["path"], file["size"]) else "regular"
         files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
         if file["path"] in there:
-            files[-1]["oid"] = there[file["path"]].entry(file["path"])["oid"]
+            entry = there[file["path"]].entry(file["path"])
+            files[-1]["oid"] = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]  # of the content, not of a pointer
     return _json({"files": files})
+
+
+def create_branch(hub: HubServer, request: Request, repo: Repo, branch: str) -> Answer:
+    """A branch from a commit (default: the head of main); 409 if it is there."""
+    _check_writer(request, repo.repo_id)
+    with hub.lock:
+        if unquote(branch) in repo.branches:
+            raise Refused(409, "Reference already exists")
+        repo.branches[unquote(branch)] = repo.resolve(json.loads(request.body or b"{}").get("startingPoint"))
+    return _json({})
 
 
 def lfs_batch(hub: HubServer, request: Request, repo: Repo) -> Answer:
@@ -457,6 +468,7 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", r"/api/repos/create", create_repo),
     ("POST", r"/api/validate-yaml", validate_yaml),
     ("POST", _REPO + r"/preupload/(?P<revision>[^/]+)", preupload),
+    ("POST", _REPO + r"/branch/(?P<branch>[^/]+)", create_branch),
     ("POST", r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", lfs_batch),
     ("PUT", r"/storage/(?P<sha256>[0-9a-f]{64})", store),
     ("POST", _REPO + r"/commit/(?P<revision>[^/]+)", commit),

@@ -513,6 +513,8 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "max_hours": lambda rng: rng.choice([None, 0.5 + rng.random()]),
     "spike_threshold": lambda rng: 1 + rng.random(),
     "spike_window": lambda rng: 8 + rng.randrange(1000),
+    "push_to_hub": lambda rng: rng.choice([None, "user/name", "1e3/0x1f", "no/null"]),
+    "push_every": lambda rng: 0,
     "dry_run": lambda rng: False,
     "name": lambda rng: "round",
 }
@@ -574,3 +576,30 @@ def test_help_of_the_script_is_light():
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert help_text("pretrain.py") in result.stdout and "accelerate launch" in result.stdout
     assert time.perf_counter() - began < 2
+
+
+# --- the Hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, problem",
+    [
+        (["--push_to_hub", "name"], "push_to_hub: 'name' does not say where to; write it as USER/NAME"),
+        (["--push_to_hub", "https://hub/a/b"], "push_to_hub: 'https://hub/a/b' does not say where to; write it as USER/NAME"),
+        (["--push_every", "500"], "push_every: there is nowhere to push to; give push_to_hub USER/NAME"),
+        (["--push_to_hub", "a/b", "--push_every", "300"], "push_every: 300 is not a multiple of save_every 500"),
+        (
+            ["--resume", "hub:a/b"],
+            "resume: 'hub:a/b' is not hub:USER/NAME@REVISION; hub:me/gpt2-124m@step-5000 is",
+        ),
+    ],
+)
+def test_where_to_push_and_resume_from(fields, problem):
+    assert problems_of(["--max_steps", "1", *fields]) == [problem]
+
+
+def test_an_access_token_is_refused_and_not_repeated():
+    token = "hf_abcdefghijklmnopqrstuvwxyz"
+    for name in ("data", "output_dir", "push_to_hub", "seed", "tokn"):
+        (problem,) = problems_of(["--max_steps", "1", f"--{name}", token])
+        assert problem.startswith(f"{name}: ") and token not in problem

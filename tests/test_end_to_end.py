@@ -67,8 +67,8 @@ def start(*command: str) -> subprocess.Popen:
 def test_the_run_folder_has_its_layout(finished: Path) -> None:
     entries = {path.name for path in finished.iterdir()}
     assert entries == {
-        "config.yaml", "environment.json", "status.json", "metrics.jsonl", "checkpoints", "eval", "export", "cache", ".lock",
-        "starts.jsonl",
+        "config.yaml", "environment.json", "status.json", "metrics.jsonl", "checkpoints", "eval", "export", "cache", "hub.json",
+        ".lock", "starts.jsonl",
     }  # fmt: skip
     status = json.loads((finished / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, STEPS)

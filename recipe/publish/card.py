@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,53 +13,101 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from recipe.config import FINEWEB, INSTALLED_DOCS
+from recipe.evaluation.references import LLMC_CURVES, LLMC_SOURCE, references
 from recipe.files import read_json_lines, write_text
 from recipe.monitor.metrics import format_duration
+from recipe.publish.contents import LOSS_CURVE, MARKER, TRAINING_CONFIG
+from recipe.publish.eval_results import COMPLETION_TASK, card_results, read_results, write_eval_results
+from recipe.publish.loss_curve import write_loss_curve
+from recipe.publish.redaction import redact
 from recipe.run_folder import RunFolder
 
+FINEWEB_REPO = FINEWEB.partition(":")[0]
 DATA_SOURCES = {
-    FINEWEB.partition(":")[0]: "[FineWeb](https://huggingface.co/datasets/HuggingFaceFW/fineweb) by Hugging Face, ODC-By 1.0",
+    FINEWEB_REPO: f"[FineWeb](https://huggingface.co/datasets/{FINEWEB_REPO}) by Hugging Face, released under the Open Data "
+    "Commons Attribution License (ODC-By) 1.0; its use is also subject to Common Crawl's terms of use",
     INSTALLED_DOCS: "the documentation and docstrings of the Python packages installed where it was trained, under their own "
     "licences; a model for trying the recipe out, not for use",
 }
+POWER_LIMITS = {
+    "H200": 700, "H100 PCIe": 350, "H100 NVL": 400, "H100": 700, "A100 80GB PCIe": 300, "A100-PCIE": 250, "A100-SXM": 400,
+    "L40S": 350, "L4": 72, "RTX 4090": 450,
+}  # fmt: skip
+"""Watts, from NVIDIA's data sheets, by a part of the device's name; the first match counts."""
+HELLASWAG_ITEMS = 10_042
+"""Of the validation set, on which the references were measured."""
+_CITATIONS = {
+    "gpt2": "Radford, Wu, Child, Luan, Amodei, Sutskever: Language Models are Unsupervised Multitask Learners, 2019.",
+    "fineweb": "Penedo, Kydlíček, Ben allal, Lozhkov, Mitchell, Raffel, von Werra, Wolf: The FineWeb Datasets: Decanting the "
+    "Web for the Finest Text Data at Scale, 2024, arXiv:2406.17557.",
+}
 
 
-def write_card(folder: RunFolder) -> Path:
-    """Write export/README.md from config.yaml, environment.json, metrics.jsonl and eval/*.json."""
+def write_card(folder: RunFolder, export: Path | None = None) -> Path:
+    """Write README.md, the loss curve and .eval_results of an export (default: RUN/export) from config.yaml,
+    environment.json, metrics.jsonl and eval/*.json, as of the step that the export's run.json names."""
+    export = export or folder.export
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     config["data"] = environment.get("text", config["data"])  # of prepared tokens, the text that they were made from
-    records = read_json_lines(folder.metrics)
-    text = ModelCard(f"---\n{_metadata(config).to_yaml()}\n---\n\n{_body(folder, config, environment, records)}")
-    path = folder.export / "README.md"
-    write_text(path, str(text))
-    return path
+    step = exported_step(folder, export)
+    records = [record for record in read_json_lines(folder.metrics) if record["step"] <= step]
+    results = read_results(folder, step)
+    write_eval_results(results, export, environment["versions"])
+    has_curve = write_loss_curve(records, config["data"], config["tokenizer"], export / LOSS_CURVE)
+    title = folder.path.resolve().name
+    lines = [
+        f"# {title}",
+        "",
+        *_introduction(export, config, step),
+        *_training(config, environment, records, has_curve),
+        *_results(records, results, step),
+        *_samples(folder, step),
+        *_limits(config),
+        *_reproduction(environment),
+        *_citation(config, title),
+    ]
+    body = "\n".join(lines).replace(str(Path.home()), "~")
+    metadata = _metadata(config, results, title).to_yaml()
+    text = str(ModelCard(redact(f"---\n{metadata}\n---\n\n{body}"), ignore_metadata_errors=False))
+    write_text(export / "README.md", text)
+    return export / "README.md"
 
 
-def _metadata(config: dict[str, Any]) -> ModelCardData:
-    hub_dataset = config["data"].partition(":")[0].partition("@")[0] if config["data"].startswith("HuggingFaceFW/") else None
+def exported_step(folder: RunFolder, export: Path) -> int:
+    """The step whose weights an export holds; of one without run.json, the run's last."""
+    if (export / MARKER).is_file():
+        return json.loads((export / MARKER).read_text(encoding="utf-8"))["step"]
+    return max((record["step"] for record in read_json_lines(folder.metrics)), default=0)
+
+
+def _metadata(config: dict[str, Any], results: list[dict[str, Any]], title: str) -> ModelCardData:
+    source = config["data"].partition(":")[0].partition("@")[0]
+    evaluations = card_results(results)
+    scratch = config.get("init_from") is None
     return ModelCardData(
-        language="en",
+        language="en" if source in DATA_SOURCES else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["gpt2", "pretrained-from-scratch"],
-        datasets=[hub_dataset] if hub_dataset else None,
+        tags=["gpt2", *(["pretrained-from-scratch"] if scratch else [])],
+        datasets=[source] if source == FINEWEB_REPO else None,
+        model_name=title if evaluations else None,
+        eval_results=evaluations or None,
+        ignore_metadata_errors=False,
     )
 
 
-def _body(folder: RunFolder, config: dict[str, Any], environment: dict[str, Any], records: list[dict]) -> str:
-    training = [r for r in records if "train_loss" in r]
-    validation = [r for r in records if "val_loss" in r]
-    architecture = json.loads((folder.export / "config.json").read_text(encoding="utf-8"))
-    hardware = environment["hardware"]
-    device = hardware.get("gpu") or f"CPU ({hardware['cores']} cores)"
-    source = next((s for name, s in DATA_SOURCES.items() if config["data"].startswith(name)), f"`{config['data']}`")
-    lines = [
-        f"# {folder.path.resolve().name}",
-        "",
+def _introduction(export: Path, config: dict[str, Any], step: int) -> list[str]:
+    architecture = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    if config.get("export_dtype", "fp32") == "fp32":
+        weights = f"The weights are the fp32 masters of step {step:,}"
+    else:
+        weights = f"The weights are the fp32 masters of step {step:,}, rounded to bf16"
+    origin = f"trained on from `{config['init_from']}`" if config.get("init_from") else "pretrained from scratch"
+    return [
         f"A GPT-2 (`GPT2LMHeadModel`: {architecture['n_layer']} layers, {architecture['n_head']} heads, width "
         f"{architecture['n_embd']}, {architecture['n_positions']} positions, vocabulary {architecture['vocab_size']:,}), "
-        "pretrained from scratch. Weights are the fp32 masters of the last step.",
+        f"{origin}. {weights}; input and output embedding are one matrix.",
         "",
         "```python",
         "from transformers import pipeline",
@@ -64,10 +115,15 @@ def _body(folder: RunFolder, config: dict[str, Any], environment: dict[str, Any]
         'print(generator("The", max_new_tokens=50)[0]["generated_text"])',
         "```",
         "",
-        "## Training",
-        "",
-        f"- Data: {source}.",
     ]
+
+
+def _training(config: dict[str, Any], environment: dict[str, Any], records: list[dict[str, Any]], has_curve: bool) -> list[str]:
+    hardware = environment["hardware"]
+    device = hardware.get("gpu") or f"CPU ({hardware['cores']} cores)"
+    source = next((s for name, s in DATA_SOURCES.items() if config["data"].startswith(name)), None)
+    lines = ["## Training", "", f"- Data: {source} (`{config['data']}`)." if source else f"- Data: `{config['data']}`."]
+    training = [r for r in records if r.get("train_loss") is not None]
     if training:
         last = training[-1]
         ramp = f" (ramped up by {config['batch_ramp']})" if config.get("batch_ramp") else ""
@@ -76,58 +132,147 @@ def _body(folder: RunFolder, config: dict[str, Any], environment: dict[str, Any]
         lines += [
             f"- {last['tokens']:,} tokens in {last['step']:,} steps of {config['batch_tokens']:,} tokens{ramp}, "
             f"{format_duration(seconds)} of training steps on {environment['ranks']} x {device}.",
+            *_cost(config, environment, seconds / 3600),
             f"- {config['optimizer']}, learning rate {config['learning_rate']:g}{muon}, {config['schedule']} schedule, "
             f"weight decay {config['weight_decay']:g}, gradient norm clipped at {config['max_grad_norm']:g}, "
             f"{environment['precision']}, sequence length {config['sequence_length']}, seed {config['seed']}.",
         ]
-    lines.append(f"- Command: `{' '.join(environment['command'])}`")
+    lines.append(f"- Command: `{shlex.join(environment['command'])}`")
     if environment["commit"]:
         lines.append(f"- Commit of the recipe: `{environment['commit']}`")
     shown = ("torch", "transformers", "accelerate", "deepspeed", "datasets")
     versions = ", ".join(f"{n} {environment['versions'][n]}" for n in shown if n in environment["versions"])
-    lines += [f"- Versions: {versions}", "", "## Results", ""]
+    lines += [f"- Versions: Python {environment['python']}, {versions}", ""]
+    return [*lines, f"![Training and validation loss]({LOSS_CURVE})", ""] if has_curve else lines
+
+
+def _cost(config: dict[str, Any], environment: dict[str, Any], hours: float) -> list[str]:
+    lines = []
+    price = config.get("price_per_hour")
+    if price:
+        lines.append(f"- {price * hours:,.2f} dollars for the training steps, at {price:g} dollars an hour.")
+    gpu = environment["hardware"].get("gpu") or ""
+    watts = next((limit for name, limit in POWER_LIMITS.items() if re.search(rf"\b{name}", gpu)), None)
+    if watts:
+        energy = watts * environment["ranks"] * hours / 1000
+        lines.append(f"- Energy, an estimate: {energy:,.2f} kWh, the GPUs at their limit of {watts} W, without the rest.")
+    return lines
+
+
+def _results(records: list[dict[str, Any]], results: list[dict[str, Any]], step: int) -> list[str]:
+    validation = [r for r in records if r.get("val_loss") is not None]
+    lines = []
     if validation:
         first, last = validation[0], validation[-1]
-        lines.append(
-            f"Validation loss {last['val_loss']:.4f} nats per token at step {last['step']:,} ({first['val_loss']:.4f} at step "
-            f"{first['step']:,})."
-        )
-    lines += _evaluations(folder) + _samples(folder)
-    lines += [
-        "## Limits",
-        "",
-        "It continues text; it follows no instructions, knows no facts reliably, and repeats the biases of its training text. "
-        "It was not filtered or aligned for safety.",
-        "",
-    ]
-    return "\n".join(lines)
+        bits = f", {last['val_bits_per_byte']:.4f} bits a byte" if last.get("val_bits_per_byte") is not None else ""
+        before = f" ({first['val_loss']:.4f} at step {first['step']:,})" if first is not last else ""
+        lines += [f"Validation loss {last['val_loss']:.4f} nats per token{bits} at step {last['step']:,}{before}.", ""]
+    lines += _harness_table(results) + _completion_table(records, step)
+    return ["## Results", "", *lines] if lines else []
 
 
-def _evaluations(folder: RunFolder) -> list[str]:
-    lines = []
-    for path in sorted(folder.evaluation.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for task, numbers in record.get("tasks", {}).items():
-            if not lines:
-                lines += ["", "| task | items | metric | value |", "|---|---|---|---|"]
+def _harness_table(results: list[dict[str, Any]]) -> list[str]:
+    rows, mini, comparable = [], False, False
+    for record in results:
+        for task, numbers in record["tasks"].items():
+            if task == COMPLETION_TASK:
+                continue
             name = f"{task} ({numbers['data']['name']})" if "sha256" in numbers["data"] else task
-            lines += [
-                f"| {name} | {numbers['n']:,} | {metric} | {value:.4f} ± {numbers[f'{metric}_stderr']:.4f} |"
+            mini |= numbers["data"]["name"] == "hellaswag_mini.jsonl"
+            comparable |= task == "hellaswag" and numbers["n"] == HELLASWAG_ITEMS
+            rows += [
+                f"| this model | {name} | {numbers['n']:,} | {metric} | {value:.4f} ± {numbers[f'{metric}_stderr']:.4f} |"
                 for metric, value in numbers.items()
                 if f"{metric}_stderr" in numbers
             ]
-    if lines:
-        lines += ["", "By lm-evaluation-harness; ± is one standard error."]
-    return [*lines, ""]
+    if not rows:
+        return []
+    if comparable:
+        rows += [
+            f"| [{other.model}]({other.source}) | hellaswag | {HELLASWAG_ITEMS:,} | {metric} | {_with_error(value)} |"
+            for other in references("lm-eval")
+            for metric, value in (("acc", other.acc), ("acc_norm", other.acc_norm))
+            if value is not None
+        ]
+    lines = ["| model | task | items | metric | value |", "|---|---|---|---|---|", *rows, ""]
+    lines += ["By lm-evaluation-harness, zero-shot; ± is one standard error.", ""]
+    if mini:
+        lines += ["The 64 items of `hellaswag_mini.jsonl` show that the evaluation runs; they are no benchmark.", ""]
+    return lines
 
 
-def _samples(folder: RunFolder) -> list[str]:
-    paths = sorted(folder.evaluation.glob("samples-step-*.json"))
+def _completion_table(records: list[dict[str, Any]], step: int) -> list[str]:
+    """HellaSwag in llm.c's style, which is never put beside lm-evaluation-harness'."""
+    found = [r for r in records if r.get("hellaswag_completion_acc_norm") is not None and r["step"] == step]
+    if not found or found[-1].get("hellaswag_completion_n", found[-1].get("hellaswag_n")) != HELLASWAG_ITEMS:
+        return []
+    rows = [("this model", found[-1]["hellaswag_completion_acc_norm"])]
+    rows += [(f"[{r.model}]({r.source})", r.acc_norm) for r in references("completion") if r.acc_norm is not None]
+    rows += [
+        (f"[llm.c's 124M on {machine}]({LLMC_SOURCE})", curve[-1].hellaswag_completion_acc_norm)
+        for machine, curve in LLMC_CURVES.items()
+        if curve[-1].hellaswag_completion_acc_norm is not None
+    ]
+    return [
+        "| model | HellaSwag in llm.c's completion style, acc_norm |",
+        "|---|---|",
+        *(f"| {name} | {_with_error(value)} |" for name, value in rows),
+        "",
+        "The two styles differ on the same weights: compare within a table alone.",
+        "",
+    ]
+
+
+def _with_error(share: float) -> str:
+    """A share of HellaSwag's items with its standard error, as lm-evaluation-harness computes it."""
+    return f"{share:.4f} ± {math.sqrt(share * (1 - share) / (HELLASWAG_ITEMS - 1)):.4f}"
+
+
+def _samples(folder: RunFolder, step: int) -> list[str]:
+    paths = [p for p in sorted(folder.evaluation.glob("samples-step-*.json")) if int(p.stem.rpartition("-")[2]) <= step]
     if not paths:
         return []
     record = json.loads(paths[-1].read_text(encoding="utf-8"))
-    lines = ["## Samples", "", f"At step {record['step']:,}, not picked:", ""]
+    lines = ["## Samples", "", f"At step {record['step']:,}, temperature 1, the likeliest 50 tokens, not picked:", ""]
     for sample in record["samples"]:
-        text = f"**{sample['prompt']}**{sample['continuation']}".strip()
-        lines += ["> " + text.replace("\n", "\n> "), ""]
+        text = f"{sample['prompt']}{sample['continuation']}".rstrip()
+        # A fence longer than any in the text: nothing in it can be taken for markup.
+        fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
+        lines += [f"{fence}text", text, fence, ""]
     return lines
+
+
+def _limits(config: dict[str, Any]) -> list[str]:
+    web = "FineWeb is filtered for quality, not for harm or bias; what the web says about people, it says too. "
+    return [
+        "## Limits and biases",
+        "",
+        "It continues text; it follows no instructions, knows no facts reliably, and repeats the biases of its training text. "
+        f"{web if config['data'].startswith(FINEWEB_REPO) else ''}"
+        "It was not filtered or aligned for safety. It reads at most as many tokens as it has positions.",
+        "",
+    ]
+
+
+def _reproduction(environment: dict[str, Any]) -> list[str]:
+    commit = (environment["commit"] or "").removesuffix("-dirty")
+    at = f" at commit `{commit}`" if commit else ""
+    changed = ", which had changes that were not committed" if (environment["commit"] or "").endswith("-dirty") else ""
+    return [
+        "## How to reproduce",
+        "",
+        f"With the recipe{at}{changed}, the versions above and `{TRAINING_CONFIG}` from this repository:",
+        "",
+        "```bash",
+        f"accelerate launch --num_processes {environment['ranks']} scripts/pretrain.py {TRAINING_CONFIG}",
+        "```",
+        "",
+        "The same machine and number of processes give the same weights; others give the same rows, and losses that differ by "
+        "rounding.",
+        "",
+    ]
+
+
+def _citation(config: dict[str, Any], title: str) -> list[str]:
+    works = [_CITATIONS["gpt2"], *([_CITATIONS["fineweb"]] if config["data"].startswith(FINEWEB_REPO) else [])]
+    return ["## Citation", "", f"Name this model as `{title}`, and cite what it rests on:", "", *(f"- {w}" for w in works), ""]

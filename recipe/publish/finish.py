@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from recipe import checkpoint
 from recipe.config import Config, first_line
 from recipe.distributed import Distributed
 from recipe.evaluation.results import print_results, record_results
 from recipe.evaluation.suite import evaluate
-from recipe.files import read_json_lines, write_json
-from recipe.publish.card import write_card
-from recipe.publish.export import export_model
+from recipe.files import write_json
+from recipe.publish.card import exported_step, write_card
+from recipe.publish.export import export_checkpoint
 from recipe.run_folder import RunFolder, model_of
 
 
-def finish_run(folder: RunFolder, config: Config, tokenizer: Any, rows: np.ndarray, say: Callable[[str], None]) -> None:
+def finish_run(folder: RunFolder, config: Config, say: Callable[[str], None]) -> None:
     """Export the last checkpoint, evaluate it and write its card.
 
     An evaluation that fails (no network for its data, say) is reported and leaves the export whole.
@@ -31,9 +28,7 @@ def finish_run(folder: RunFolder, config: Config, tokenizer: Any, rows: np.ndarr
     newest, skipped = checkpoint.find_newest(folder.checkpoints)
     if newest is None:
         raise checkpoint.CheckpointError("; ".join(skipped) or f"{folder.checkpoints} holds no checkpoint")
-    difference = export_model(newest.masters(), config, tokenizer, rows, folder.export)
-    say(f"exported {folder.export} from step {newest.step}; reloaded logits differ by at most {difference:.1e}")
-    write_card(folder)
+    export_checkpoint(folder, newest, folder.export, say)
     if config.evaluate_tasks == "none":
         return
     try:
@@ -73,8 +68,7 @@ def evaluate_model(
     results = evaluate(model_of(model), tasks, distributed, data, task_folder, limit, batch_size)
     if results is not None:
         if is_run:
-            step = max(r["step"] for r in read_json_lines(folder.metrics))
-            record_results(folder, results, step, print)
+            record_results(folder, results, exported_step(folder, folder.export), print)
             write_card(folder)
         else:
             print_results(results, print)
