@@ -178,8 +178,6 @@ class TrainingConfig:
     """Keep the checkpoint with the lowest validation loss as well (of those saved at a step with one)."""
     log_every: int = 10
     """Steps between progress lines. metrics.jsonl has every step regardless."""
-    report_to: typing.Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """A tracker that gets what metrics.jsonl has; its package must be installed."""
 
 
 @dataclass(kw_only=True)
@@ -223,6 +221,8 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class MonitorConfig:
+    report_to: typing.Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """A tracker that gets what metrics.jsonl has; its package must be installed."""
     price_per_hour: float | None = None
     """Dollars that the whole machine costs an hour, for the money in the live view, the report and the model card. Default:
     unknown."""
