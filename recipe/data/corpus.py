@@ -355,10 +355,12 @@ def _read_parquet(corpus: Corpus, unit: Unit) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     with corpus.open(unit.file) as handle:
-        table = pq.ParquetFile(handle, metadata=corpus.footers[unit.file]).read_row_group(
-            unit.start, columns=[corpus.text_column], use_threads=False
-        )
-    yield from table.column(0).to_pylist()
+        file = pq.ParquetFile(handle, metadata=corpus.footers[unit.file])
+        documents = file.read_row_group(unit.start, columns=[corpus.text_column], use_threads=False).column(0).to_pylist()
+    # The reader of a shard pauses here while its window is trained on: what it has been given is not kept as well.
+    documents.reverse()
+    while documents:
+        yield documents.pop()
 
 
 def _label_parquet(corpus: Corpus, unit: Unit) -> list[dict]:
