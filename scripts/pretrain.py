@@ -2,7 +2,7 @@
 
 accelerate launch --config_file configs/accelerate/8xa100-zero1.yaml scripts/pretrain.py configs/gpt2-124m.yaml
 python scripts/pretrain.py configs/quickstart.yaml            one process, no launcher
-... [--field value ...] [--dry_run] [--resume auto|PATH|none]  see --help for the fields
+... [--field value ...] [--dry_run] [--resume auto|PATH|hub:USER/NAME@REVISION|none]  see --help for the fields
 """
 
 import os
