@@ -58,6 +58,7 @@ class InLoopHellaSwag:
             "hellaswag_acc_norm_stderr": harness["acc_norm_stderr"],
             "hellaswag_completion_acc": completion["acc"],
             "hellaswag_completion_acc_norm": completion["acc_norm"],
+            "hellaswag_completion_acc_norm_stderr": completion["acc_norm_stderr"],
             "hellaswag_truncated": scores["lm-eval"].truncated + scores["completion"].truncated,
         }
 

@@ -44,7 +44,8 @@ def record_results(folder: RunFolder, results: dict, step: int, say: Callable[[s
         if task not in results["tasks"]:
             continue
         numbers = results["tasks"][task]
-        record = {"step": step} | {f"{task}_{name}": numbers[name] for name in ("acc", "acc_norm", "acc_norm_stderr", "n")}
+        record = {"step": step, "hellaswag_n": numbers["n"]}
+        record |= {f"{task}_{name}": numbers[name] for name in ("acc", "acc_norm", "acc_norm_stderr")}
         if record not in read_json_lines(folder.metrics):
             log = MetricsLog(folder.metrics)
             log.write([record])

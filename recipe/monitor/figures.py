@@ -63,7 +63,7 @@ class Figures:
             c
             for c in (
                 self._hellaswag("lm-eval", "hellaswag_acc_norm", "hellaswag_acc_norm_stderr"),
-                self._hellaswag("completion", "hellaswag_completion_acc_norm", None),
+                self._hellaswag("completion", "hellaswag_completion_acc_norm", "hellaswag_completion_acc_norm_stderr"),
             )
             if c
         ]
@@ -150,7 +150,7 @@ class Figures:
         if unit != "tokens":
             chart.notes.append(f"Its {LLMC_HOURS:g} hours on {LLMC_MACHINE} are spread evenly over its steps.")
 
-    def _hellaswag(self, style: str, field: str, stderr: str | None) -> Chart | None:
+    def _hellaswag(self, style: str, field: str, stderr: str) -> Chart | None:
         title, name = f"HellaSwag acc_norm, {style} style", f"hellaswag_{style.replace('-', '_')}"
         chart = Chart(name, title, "tokens", "acc_norm", "tokens", "{:.3f}")
         chart.header = ["run", "step", "tokens", "acc_norm", "standard error", "items"]
