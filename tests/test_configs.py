@@ -75,7 +75,7 @@ def test_every_run_is_planned_and_dry_run_on_every_machine(
     assert shown.err.startswith("1 problem") and "gives 0 tokens for validation" in shown.err
     lines = {" ".join(line.split()) for line in shown.out.splitlines()}
     if size := re.search(r"\d+m", run):
-        assert f"parameters {PARAMETERS[size[0]]:,}" in lines
+        assert f"parameters {PARAMETERS[size[0]]:,} (assuming GPT-2's vocabulary of 50,257)" in lines
     assert f"ranks {ranks}" in lines and "base: gpt2-124m.yaml" not in lines
     config, plan = load_run(words, ranks)
     assert plan.accumulation * config.micro_batch_size * config.sequence_length * ranks == config.batch_tokens
