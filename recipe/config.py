@@ -211,7 +211,8 @@ class EvaluationConfig:
     sample_every: int = 1000
     """Steps between generated samples, which are also taken at the end; 0 takes only those."""
     evaluate_tasks: str = "hellaswag"
-    """lm-evaluation-harness tasks of the finished model, separated by commas; `none` for none."""
+    """Tasks of the finished model, separated by commas: lm-evaluation-harness', and hellaswag_completion, HellaSwag in llm.c's
+    style; `none` for none."""
     evaluate_data: str | None = None
     """Local copy of HellaSwag's items instead of the Hub's, .jsonl or .parquet, a file or a folder; `mini` is the small set in
     this package."""

@@ -218,9 +218,10 @@ def _evaluate_data_problems(config: Config) -> list[str]:
             local_files(Path(data))
         except ConfigError as error:
             problems += error.problems
-    if data is not None and config.evaluate_tasks not in ("hellaswag", "none"):
+    others = set(config.evaluate_tasks.split(",")) - {"hellaswag", "hellaswag_completion", "none"}
+    if data is not None and others:
         problems.append(
-            f"evaluate_data: local data stands for hellaswag, not for {config.evaluate_tasks}; set --evaluate_tasks hellaswag"
+            f"evaluate_data: local data stands for hellaswag, not for {', '.join(sorted(others))}; set --evaluate_tasks hellaswag"
         )
     return problems
 
