@@ -221,7 +221,8 @@ def _evaluate_data_problems(config: Config) -> list[str]:
     others = set(config.evaluate_tasks.split(",")) - {"hellaswag", "hellaswag_completion", "none"}
     if data is not None and others:
         problems.append(
-            f"evaluate_data: local data stands for hellaswag, not for {', '.join(sorted(others))}; set --evaluate_tasks hellaswag"
+            f"evaluate_data: local data stands for hellaswag, not for {', '.join(sorted(others))}; set --evaluate_tasks "
+            "hellaswag"
         )
     return problems
 
