@@ -19,8 +19,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from launch import ROOT, accelerate_command, environment
 from recipe.config import ConfigError
-from recipe.evaluation.comparison import compare_items, mcnemar
+from recipe.evaluation.comparison import compare_items, describe, mcnemar
 from recipe.evaluation.items import MINI, read_items
+from recipe.generation import Writer
 from recipe.tokenizer import train_tokenizer
 
 
@@ -144,8 +145,9 @@ def test_compare_takes_models_and_results(results, models, parquet: Path, tmp_pa
     assert acc["a"] == found["tasks"]["hellaswag"]["acc"]
     assert acc["difference"] == pytest.approx((acc["only_a"] - acc["only_b"]) / 64)
     assert f"only A right: {acc['only_a']}, only B right: {acc['only_b']}" in done.stdout
-    same = run("compare.py", path, path)
-    assert "difference +0.0000 ± 0.0000" in same.stdout and "p = 1" in same.stdout
+    items = found["items"]["hellaswag"]
+    lines = [line for comparison in compare_items(items, items) for line in describe("hellaswag", comparison)]
+    assert "difference +0.0000 ± 0.0000" in lines[0] and "p = 1" in lines[1]
     wrong = run("compare.py", path, MINI.with_name("none.json"))
     assert wrong.returncode == 2 and "none.json cannot be read" in wrong.stderr
 
@@ -153,14 +155,17 @@ def test_compare_takes_models_and_results(results, models, parquet: Path, tmp_pa
 # --- generation -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_continued_and_a_seed_repeats_it(models) -> None:
-    texts = [run("generate.py", models[0], "--prompt", "A man", "--max_new_tokens", 12, "--seed", s).stdout for s in (1, 1, 2)]
+def test_a_prompt_is_continued_and_a_seed_repeats_it(models, capsys) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        texts.append(Writer(str(models[0]), max_new_tokens=12, seed=seed).write("A man"))
+        assert capsys.readouterr().out == texts[-1] + "\n"
     assert texts[0] == texts[1] != texts[2]
-    assert all(text.startswith("A man") and len(text) > len("A man\n") for text in texts)
-    bad = run("generate.py", models[0], "--prompt", "A", "--temperature", -1)
-    assert bad.returncode == 2 and "temperature" in bad.stderr
-    missing = run("generate.py", models[0] / "nothing", "--prompt", "A")
-    assert missing.returncode == 2 and "cannot be loaded" in missing.stderr
+    assert all(text.startswith("A man") and len(text) > len("A man") for text in texts)
+    with pytest.raises(ConfigError, match="temperature"):
+        Writer(str(models[0]), temperature=-1)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        Writer(str(models[0] / "nothing"))
 
 
 def test_a_session_in_a_terminal(models) -> None:
