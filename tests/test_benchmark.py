@@ -38,6 +38,7 @@ def test_training_is_measured(command: list[str], kind: str) -> None:
     assert "tokens_per_second" in table and "n/a" in table
 
 
+@pytest.mark.slow
 def test_paths_are_compared(command: list[str]) -> None:
     result = json.loads(run("parity", command, "--steps", "12", "--json"))
     assert result["first_loss"] - result["last_loss"] > 0.05, "it must learn, or equal losses say nothing"

@@ -167,6 +167,7 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, fineweb_fold
     assert [r for r in metrics(folder) if "val_loss" in r] == [r for r in metrics(undisturbed) if "val_loss" in r]
 
 
+@pytest.mark.slow
 def test_workers_of_a_killed_launcher_save_and_stop(tmp_path: Path, fineweb_folder: Path) -> None:
     folder = tmp_path / "orphaned"
     arguments = fields(fineweb_folder, folder, max_steps=2000, max_epochs=50, save_every=5)
@@ -211,6 +212,7 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path: Path, finished: Path, finew
     assert losses(folder)[-1] == pytest.approx(losses(finished)[-1], abs=0.02)
 
 
+@pytest.mark.slow
 def test_streaming_from_the_hub_gives_the_rows_of_the_local_files(tmp_path: Path, fineweb_folder: Path) -> None:
     readme = b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
     files = {"README.md": readme}

@@ -45,6 +45,7 @@ def test_two_processes_match_one_in_fp32(curve, accelerate_file: str) -> None:
     assert largest_difference(one, two, 50) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerate_file", ["2cpu-zero1", "2cpu-ddp"])
 def test_two_processes_match_one_in_bf16(curve, accelerate_file: str) -> None:
     one, two = curve("cpu", "bf16"), curve(accelerate_file, "bf16")
