@@ -70,6 +70,10 @@ def test_the_file_has_the_names_and_shapes_of_a_stock_gpt2(folder):
     assert {name: tensor.shape for name, tensor in load_file(target / "model.safetensors").items()} == expected
 
 
+def test_its_files_are_as_readable_as_each_other(folder):
+    assert len({path.stat().st_mode for path in export(folder).iterdir() if path.is_file()}) == 1
+
+
 def test_bf16_is_the_masters_rounded_and_the_card_says_so(folder):
     target = export(folder, export_dtype="bf16")
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def export_model(masters: dict[str, torch.Tensor], config: Config, tokenizer: An
     model.load_state_dict(weights)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = int(tokenizer.eos_token_id)
     model.to(dtype).save_pretrained(target, max_shard_size="1TB")
+    # safetensors makes a file that its owner alone may read, whatever the umask.
+    (target / "model.safetensors").chmod(stat.S_IMODE((target / "config.json").stat().st_mode))
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(target)
     return _compare(masters, config, tokenizer, target)
