@@ -250,6 +250,7 @@ def test_the_prediction_is_the_estimate_s(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+@pytest.mark.slow
 def test_what_was_settled_is_printed_and_recorded(tmp_path: Path, fineweb_folder: Path) -> None:
     fields = TINY | {"data": fineweb_folder, "output_dir": tmp_path / "run", "max_steps": 2, "warmup_steps": 1}
     del fields["micro_batch_size"]

@@ -193,6 +193,7 @@ def test_workers_of_a_killed_launcher_save_and_stop(tmp_path: Path, fineweb_fold
     assert (folder / "checkpoints" / f"step-{status['step']:08d}" / "MANIFEST.json").is_file()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(tmp_path: Path, finished: Path, fineweb_folder: Path) -> None:
     folder = tmp_path / "stopped"
     arguments = fields(fineweb_folder, folder, **EVALUATION)

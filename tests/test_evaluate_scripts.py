@@ -92,6 +92,7 @@ def test_the_command_it_prints_gives_the_same_numbers_from_a_local_copy(results,
         assert theirs[f"{metric},none"] == pytest.approx(found["tasks"]["hellaswag"][metric], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_to_the_item(results, models, parquet: Path, tmp_path: Path) -> None:
     found, _ = results
     output = tmp_path / "two.json"

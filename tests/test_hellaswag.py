@@ -256,6 +256,7 @@ def test_the_loop_evaluates_and_trains_on_undisturbed(one_process: Path, tmp_pat
         assert 0 < record["val_bits_per_byte"] < record["val_loss"] / math.log(2)  # a token is at least a byte
 
 
+@pytest.mark.slow
 def test_two_ranks_and_compiled_give_the_same_to_the_item(one_process: Path, tmp_path: Path, fineweb_folder: Path) -> None:
     for name, machine, more in (("two", "2cpu-ddp", {}), ("compiled", "cpu", {"compile": True})):
         folder = tmp_path / name

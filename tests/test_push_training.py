@@ -103,6 +103,7 @@ def test_another_machine_continues_a_pushed_run_to_the_same_weights(server, tmp_
     assert done.returncode == 0 and "at step 20" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_resuming_from_what_is_not_there(server, tmp_path, fineweb_folder, trained_run):
     run = shutil.copytree(trained_run, tmp_path / "run")
     assert push(server, tmp_path, run).returncode == 0
@@ -319,6 +320,7 @@ def test_an_entry_that_cannot_be_pushed_does_not_hold_up_the_others(waiting):
 # --- init_from ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_given_weights(server, tmp_path, fineweb_folder, trained_run):
     import torch
     from safetensors.torch import load_file

@@ -75,6 +75,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
 def test_the_command_runs(command: str, workplace: Path) -> None:
     (appended,) = (words for start, words in APPENDED.items() if command.startswith(start))

@@ -288,6 +288,7 @@ def test_status_json_has_cause_and_remedy(work: Path) -> None:
     assert "can't allocate memory" in status["reason"] and "--micro_batch_size 2048 should fit" in status["reason"]
 
 
+@pytest.mark.slow
 def test_one_rank_of_two_runs_out_of_memory(tmp_path: Path, fineweb_folder: Path) -> None:
     """Both end, and what stays in status.json is what the one with too little memory says."""
     fields = (
