@@ -27,6 +27,7 @@ def run(kind: str, command: list[str], *more: str) -> str:
     return subprocess.run(words, env=environment(), check=True, capture_output=True, text=True, timeout=120).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "step"])
 def test_training_is_measured(command: list[str], kind: str) -> None:
     result = json.loads(run(kind, command, "--steps", "4", "--json"))

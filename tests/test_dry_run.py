@@ -178,6 +178,7 @@ def test_a_hub_that_does_not_answer_is_no_error(work: Path) -> None:
     assert {"data not checked: offline: Org/away", "tokenizer not checked: offline: Org/away"} <= set(lines(done))
 
 
+@pytest.mark.slow
 def test_the_documentation_of_the_packages(tmp_path: Path) -> None:
     """Read into a temporary folder, which is gone afterwards."""
     arguments = [str(ROOT / "configs" / "quickstart.yaml"), "--output_dir", str(tmp_path / "run"), "--dry_run"]

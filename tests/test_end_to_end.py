@@ -148,6 +148,7 @@ KILLED_STEPS = 120
 """Long enough that a kill behind step 12 comes before the end also on a busy machine."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, fineweb_folder: Path) -> None:
     more = {"max_steps": KILLED_STEPS, "eval_every": 40}
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"

@@ -37,6 +37,7 @@ def largest_difference(a: list[float], b: list[float], steps: int) -> float:
     return max(abs(x - y) for x, y in zip(a[:steps], b[:steps], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerate_file", ["2cpu-zero1", "2cpu-ddp"])
 def test_two_processes_match_one_in_fp32(curve, accelerate_file: str) -> None:
     one, two = curve("cpu", "fp32"), curve(accelerate_file, "fp32")

@@ -146,6 +146,7 @@ def test_newton_schulz_in_bf16_follows_the_reference(results, reference, acceler
     assert 1e-6 < largest(found, reference["loss"], LONG) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerate_file", ALL)
 def test_a_bf16_run_follows_the_reference(results, reference, accelerate_file: str) -> None:
     found = results(accelerate_file, "bf16")

@@ -159,7 +159,13 @@ def test_it_follows_a_run_in_a_terminal(tmp_path):
 def test_leaving_it_leaves_the_run_alone(tmp_path):
     run = write_run(tmp_path / "run", 60, records=records(3), state="running", step=3)
     trainer = Trainer(run)
-    process = subprocess.Popen([*WATCH, str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*WATCH, str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
