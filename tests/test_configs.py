@@ -88,19 +88,11 @@ def test_every_run_is_planned_and_dry_run_on_every_machine(
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("machine", [name for name, file in MACHINES.items() if file["num_machines"] == 1])
-def test_the_launcher_takes_the_file(machine: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    words = [
-        "--data",
-        str(tmp_path / "a.txt"),
-        "--tokenizer",
-        "train:50257",
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--dry_run",
-    ]
-    output = launch(machine, str(ROOT / "configs" / "gpt2-1558m.yaml"), *words).stdout
-    assert output.count("tokens in all     33,554,432,000") == 1
+def test_the_launcher_takes_the_file(machine: str, tmp_path: Path, fineweb_folder: Path) -> None:
+    fields = {"data": fineweb_folder, "tokenizer": "train:400", "sequence_length": 64, "batch_tokens": 8192, "max_steps": 2}
+    fields |= {"warmup_steps": 1, "output_dir": tmp_path / "run", "validation_tokens": 2048}
+    output = launch(machine, str(ROOT / "configs" / "gpt2-124m.yaml"), *options(**fields), "--dry_run").stdout
+    assert output.count("tokens in all     16,384") == 1
     assert f"ranks             {MACHINES[machine]['num_processes']}" in output
 
 
