@@ -82,7 +82,9 @@ def launched_with() -> Path | None:
 
 def _is_for_gpus(accelerate_file: Path) -> bool:
     """Of ours; others may mean a CPU, which `use_cpu: false` does not rule out."""
-    return accelerate_file.resolve().parent == ACCELERATE_FILES and "cpu" not in accelerate_file.stem
+    ours = accelerate_file.resolve().parent == ACCELERATE_FILES
+    # The one for several nodes takes what the nodes have.
+    return ours and not any(name in accelerate_file.stem for name in ("cpu", "multinode"))
 
 
 def why_no_gpu() -> str:

@@ -88,7 +88,9 @@ def small(command: str) -> str:
     """A command of the guide as one of seconds, on this machine."""
     words = shlex.split(command)
     if "--dry_run" in words:
-        return f"{command} --output_dir runs/dry"  # the tiny run has the folder
+        # The tiny run has the folder, and the text must last for the run.
+        shorter = "--data my_text --tokenizer train:400 --sequence_length 64 --batch_tokens 8192 --max_steps 2 --warmup_steps 1"
+        return f"{command} {shorter} --validation_tokens 1024 --max_epochs 40 --output_dir runs/dry"
     if words[0] == "hf":
         return f"{command} --help"
     if words[1] == "scripts/generate.py":
