@@ -41,7 +41,8 @@ def write_loss_curve(records: list[dict[str, Any]], data: str, tokenizer: str, p
             axes.plot(*zip(*points, strict=True), color="tab:gray", linestyle="--", label="llm.c's 124M, validation")
     # The first steps, near ln(vocabulary), would press the rest together.
     losses = sorted(loss for _, loss in training[len(training) // 20 :])
-    axes.set_ylim(losses[0] - 0.1, losses[-1] + 0.1)
+    lowest = min([losses[0], *(loss for _, loss in validation)])
+    axes.set_ylim(lowest - 0.1, losses[-1] + 0.1)
     axes.set_xlabel("tokens")
     axes.set_ylabel("nats a token")
     axes.grid(alpha=0.3)
