@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipe.config import Config, ConfigError, first_line
+from recipe.micro_batch import under_zero1
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, load_run
 from recipe.remedies import Situation, explain
 from recipe.run_folder import RunFolder
@@ -147,5 +148,5 @@ def _situation(run: Run, rank: int) -> Situation:
         vocab_size=encoder.vocab_size if encoder else GPT2_VOCAB_SIZE,
         precision=getattr(run, "precision", "fp32"),
         plain=not (engine and engine.compiled),
-        zero1=os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+        zero1=under_zero1(),
     )

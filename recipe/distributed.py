@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from recipe.config import ConfigError
+from recipe.micro_batch import under_zero1
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After this long a rank that waits for the others gives up."""
@@ -33,7 +34,7 @@ class Distributed:
         # DeepSpeed calls collectives by names that newer torch deprecates.
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
         self.cuda = torch.cuda.is_available()
-        self.deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        self.deepspeed = under_zero1()
         if not self.cuda:
             # DeepSpeed picks its accelerator when it is imported.
             os.environ["DS_ACCELERATOR"] = "cpu"

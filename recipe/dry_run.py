@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from recipe.config import INSTALLED_DOCS, Config, ConfigError, to_yaml
 from recipe.data.corpus import Corpus, hub_id, is_local, open_corpora
 from recipe.estimate import GIB, GPUS, Machine, cpu, estimate, memory_by_part
+from recipe.micro_batch import under_zero1
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters
 from recipe.run_folder import RunFolder
 
@@ -186,7 +187,7 @@ def _look_at_machine(config: Config, plan: Plan, vocab_size: int) -> None:
         say("machine", f"its NVIDIA GPU lies idle: {idle}")
     cuda = torch.cuda.is_available()
     precision = resolve_precision(config.precision, cuda)
-    zero1 = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    zero1 = under_zero1()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if cuda:
         name, available = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory

@@ -88,7 +88,7 @@ def resolve(config: Config, ranks: int, card: Card | None) -> Config:
     vocab_size, settled = _vocab_size(config), config
     if config.precision == "auto" and not card.bf16:
         config = replace(config, precision="fp32")
-    zero1 = _zero1()
+    zero1 = under_zero1()
     found = fit(config, ranks, card.memory, vocab_size, zero1)
     if found is None and config.micro_batch_size is None:
         least = replace(config, micro_batch_size=1, activation_checkpointing=config.activation_checkpointing is not False)
@@ -135,10 +135,11 @@ def check_alike(settled: list[tuple[int, bool]]) -> None:
 
 def predicted_memory(config: Config, ranks: int, vocab_size: int) -> float:
     """GiB on each card at the peak, of a run that `resolve` has settled."""
-    return _memory(config, ranks if _zero1() else 1, vocab_size) / GIB
+    return _memory(config, ranks if under_zero1() else 1, vocab_size) / GIB
 
 
-def _zero1() -> bool:
+def under_zero1() -> bool:
+    """Whether this process was launched with a DeepSpeed file."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 

@@ -12,7 +12,7 @@ import math
 from dataclasses import astuple, dataclass, replace
 
 from recipe.config import Config, ConfigError
-from recipe.estimate import MEASURED, NODE, Machine, parse_machine
+from recipe.estimate import BUCKET, MEASURED, NODE, Machine, parse_machine
 from recipe.plan import GPT2_VOCAB_SIZE, count_parameters, flops_per_token, make_plan, padded_vocab_size
 
 MEASURED_STEP = 524_288
@@ -25,8 +25,6 @@ KERNELS_A_LAYER, LAUNCH_SECONDS = 30, 5e-6
 """Assumed: kernels of a compiled layer, forward and backward, and what each takes the host; a bound where rows are few."""
 HOP_SECONDS = 20e-6
 """Assumed: latency of a collective for each doubling of the ranks."""
-BUCKET = 500_000_000
-"""Elements of a collective (recipe/zero1.py)."""
 
 
 @dataclass(frozen=True)
