@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipe.config import Config, ConfigError, parse_batch_ramp, parse_config
+from recipe.config import Config, ConfigError, parse_batch_ramp
 from recipe.data.corpus import check_data_exists
 from recipe.evaluation.items import local_files
 from recipe.monitor.trackers import tracker_problems
+from recipe.parsing import parse_config
 
 GPT2_VOCAB_SIZE = 50_257
 VOCAB_MULTIPLE = 128

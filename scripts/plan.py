@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from recipe.config import ConfigError, parse_config
+from recipe.config import ConfigError
 from recipe.estimate import FIT_SOURCE, GPUS, SIZES, Estimate, best_within, estimate, parse_machine, with_size
+from recipe.parsing import parse_config
 from recipe.scaling import grow, growth_lines
 
 TABLE_COUNTS = (1, 8, 16, 64)

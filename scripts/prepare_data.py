@@ -72,8 +72,9 @@ def verify(folder: str, rest: list[str]) -> None:
 
 
 def prepare(words: list[str]) -> None:
-    from recipe.config import ConfigError, parse_config
+    from recipe.config import ConfigError
     from recipe.data.corpus import check_data_exists
+    from recipe.parsing import parse_config
 
     workers = take_option(words, "workers")
     config, problems = parse_config(words)

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
-        from recipe.config import help_text
+        from recipe.parsing import help_text
 
         print(__doc__.strip() + "\n\n" + help_text("pretrain.py"))
         sys.exit(0)

@@ -17,7 +17,8 @@ export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
 folder=$("$python" -c '
 import sys
 from recipe.cli import report_problems
-from recipe.config import ConfigError, load_config
+from recipe.config import ConfigError
+from recipe.parsing import load_config
 try:
     print(load_config(sys.argv[1:]).output_dir)
 except ConfigError as error:

@@ -6,7 +6,8 @@ import json
 import math
 from pathlib import Path
 
-from recipe.config import load_config, to_yaml
+from recipe.config import to_yaml
+from recipe.parsing import load_config
 
 PRICE = 14.0
 

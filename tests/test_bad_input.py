@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recipe.config import load_config, to_yaml
+from recipe.config import to_yaml
 from recipe.data.corpus import open_corpora
+from recipe.parsing import load_config
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "pretrain.py"
 TINY = (

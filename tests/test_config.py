@@ -11,18 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipe.config import (
-    NOT_PART_OF_THE_RUN,
-    Config,
-    ConfigError,
-    config_fields,
-    field_docs,
-    help_text,
-    load_config,
-    parse_config,
-    parse_ranges,
-    to_yaml,
-)
+from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, field_docs, parse_ranges, to_yaml
+from recipe.parsing import help_text, load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -10,9 +10,10 @@ import yaml
 
 from launch import ROOT, TINY, launch, options
 from recipe import cli, micro_batch
-from recipe.config import Config, ConfigError, load_config, to_yaml
+from recipe.config import Config, ConfigError, to_yaml
 from recipe.estimate import estimate, parse_machine
 from recipe.micro_batch import Card, check_alike, fit, predicted_memory, resolve
+from recipe.parsing import load_config
 from recipe.plan import load_run
 
 GIB = 2**30

@@ -18,12 +18,12 @@ import torch
 
 from hub_server import Fault, HubServer, Request, client_environment
 from launch import PRETRAIN, ROOT, TINY, environment, options
-from recipe.config import load_config
 from recipe.data.corpus import open_corpora
 from recipe.data.stream import RowStream
 from recipe.data.validation import hold_out
 from recipe.dry_run import known_machine
 from recipe.estimate import GIB
+from recipe.parsing import load_config
 from recipe.tokenizer import Encoder, train_tokenizer
 from test_bad_input import DRIVER
 

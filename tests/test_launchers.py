@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from launch import ROOT, TINY, environment, kill_all, losses, options
-from recipe.config import ConfigError, load_config
+from recipe.config import ConfigError
 from recipe.nodes import Node, first_host, this_node
+from recipe.parsing import load_config
 from recipe.run_folder import RunFolder
 
 LAUNCH = ROOT / "scripts" / "launch"

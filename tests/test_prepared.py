@@ -23,7 +23,7 @@ from conftest import make_documents, write_fineweb
 from corpus_helpers import ThreadExchange, run_ranks, write_jsonl, write_jsonl_gz, write_parquet
 from hub_server import HubServer, client_environment
 from launch import PRETRAIN, ROOT, TINY, accelerate_command, environment, losses, metrics, options
-from recipe.config import ConfigError, load_config
+from recipe.config import ConfigError
 from recipe.data import preparation
 from recipe.data.corpus import Corpus, DataError, check_data_exists, open_corpora
 from recipe.data.prepared import PreparedCorpus, TokenEncoder, encoder_for, load_prepared_tokenizer, open_prepared
@@ -31,6 +31,7 @@ from recipe.data.stream import RowStream
 from recipe.data.token_index import FORMAT, documents_file, file_facts, find_damage, tokens_file, write_index
 from recipe.data.validation import count_tokens, hold_out, read_validation_rows
 from recipe.files import sha256
+from recipe.parsing import load_config
 from recipe.publish.dataset_card import dataset_card
 from recipe.run_folder import RunFolder
 from recipe.tokenizer import Encoder, load_tokenizer

@@ -16,10 +16,11 @@ from conftest import make_documents
 from corpus_helpers import write_jsonl, write_parquet
 from hub_server import HubServer, client_environment
 from launch import PRETRAIN, ROOT, TINY, environment, options
-from recipe.config import ConfigError, load_config
+from recipe.config import ConfigError
 from recipe.data import provenance
 from recipe.data.provenance import BatchTracer
 from recipe.data.stream import RowStream
+from recipe.parsing import load_config
 from recipe.tokenizer import Encoder
 
 STEPS = 12

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from recipe import run_folder
-from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, load_config, to_yaml
+from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, to_yaml
 from recipe.files import read_json_lines
+from recipe.parsing import load_config
 from recipe.run_folder import RunFolder, describe_environment
 
 

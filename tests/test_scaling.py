@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from launch import ROOT, accelerate_command, environment
-from recipe.config import Config, load_config
+from recipe.config import Config
 from recipe.estimate import parse_machine, tokens_per_second
+from recipe.parsing import load_config
 from recipe.plan import count_parameters, make_plan, padded_vocab_size
 from recipe.scaling import exchanged_bytes, grow, step_time
 from scaling_rank import CONFIG, VOCABULARY

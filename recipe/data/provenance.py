@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe.config import Config, ConfigError, first_line, load_config
+from recipe.config import Config, ConfigError, first_line
 from recipe.data.corpus import Corpus, DataError, Unit, open_corpora
 from recipe.data.packing import SHUFFLE_WINDOW
 from recipe.data.prepared import PreparedCorpus, encoder_for
 from recipe.data.stream import RowStream, Span
 from recipe.files import read_json_lines
+from recipe.parsing import load_config
 from recipe.plan import make_plan
 from recipe.run_folder import RunFolder
 from recipe.tokenizer import Encoder, load_tokenizer

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from recipe.config import Config, ConfigError, parse_config
+from recipe.config import Config, ConfigError
 from recipe.files import read_json_lines
+from recipe.parsing import parse_config
 from recipe.plan import Plan, make_plan
 
 STARTS = "starts.jsonl"

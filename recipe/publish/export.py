@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, p
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.checkpoint import Checkpoint
-from recipe.config import Config, load_config
+from recipe.config import Config
 from recipe.files import write_json, write_text
 from recipe.model import build_model, gpt2_config
+from recipe.parsing import load_config
 from recipe.publish.card import write_card
 from recipe.publish.contents import MARKER, TRAINING_CONFIG, ContentsError, HubRecord
 from recipe.publish.redaction import redact

@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[0] = str(ROOT)
 
 from recipe.cli import EXIT_CONFIG, report_problems
-from recipe.config import ConfigError, load_config
+from recipe.config import ConfigError
 from recipe.nodes import run_node, this_node
+from recipe.parsing import load_config
 
 
 def main(words: list[str]) -> int:
