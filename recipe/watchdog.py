@@ -94,6 +94,8 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching: what follows is this rank's own."""
         self._closed.set()
+        with contextlib.suppress(OSError):  # wake the thread, which else waits for the next beat
+            self._socket.sendto(b"", ("127.0.0.1", self._socket.getsockname()[1]))
         self._thread.join()
         self._socket.close()
 

@@ -124,11 +124,12 @@ PLACES = {
 
 
 @fault
-def send(fired: Callable, number: int, place: str, call: int) -> None:
-    """The rank gets a signal at the `call`-th time that it comes to the place."""
+def send(fired: Callable, number: int, place: str, call: int, after: float = 0.0) -> None:
+    """The rank gets a signal at the `call`-th time that it comes to the place, when it has been there for `after` seconds."""
 
     def action(count: int) -> None:
         if count == call:
+            time.sleep(after)
             fired()
             os.kill(os.getpid(), number)
             if number == signal.SIGSTOP:
@@ -344,6 +345,6 @@ def unmeasured(fired: Callable) -> None:
 
 with contextlib.suppress(ImportError):
     # Into the parent, so that the children need not.
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (which imports the compiler, for a second)
     from accelerate import Accelerator, PartialState  # noqa: F401
     from transformers import AutoTokenizer, GPT2LMHeadModel  # noqa: F401

@@ -390,11 +390,13 @@ def test_second_signal(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.promise("--max_hours saves and stops in time", "a run that would take longer")
 def test_max_hours(bench: Bench, tmp_path: Path) -> None:
-    folder, began = tmp_path / "run", time.monotonic()
+    folder = tmp_path / "run"
     slow = [(0, "slow", {"place": "step", "seconds": 0.2})]
     job = bench.job(folder, "ddp", faults=slow, max_steps=500, save_every=0, max_hours=8 / 3600)
     assert job.wait() == [75, 75] and job.fired(0)
-    assert time.monotonic() - began < 8 + 3
+    # From when the processes began; the parent they are forked from may have had to import everything first.
+    seconds = max(line.get("wall_seconds", 0) for line in metrics(folder))
+    assert seconds < 8
     assert status(folder)["reason"].startswith("max_hours") and assert_one_valid(folder) == status(folder)["step"] < 500
 
 
@@ -407,9 +409,9 @@ def test_max_hours(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rank, name, options, named, last",
     [
-        (1, "send", {"number": KILL, "place": "micro-step", "call": 18}, "rank 1 in train at step", "killed"),
-        (1, "send", {"number": STOP, "place": "micro-step", "call": 18}, "rank 1 in train at step", "no sign of life"),
-        (0, "send", {"number": STOP, "place": "micro-step", "call": 18}, "rank 0 in train at step", "no sign of life"),
+        (1, "send", {"number": KILL, "place": "micro-step", "call": 18, "after": 1.5}, "rank 1 in train at step", "killed"),
+        (1, "send", {"number": STOP, "place": "micro-step", "call": 18, "after": 1.5}, "rank 1 in train at step", "no sign of life"),
+        (0, "send", {"number": STOP, "place": "micro-step", "call": 18, "after": 1.5}, "rank 0 in train at step", "no sign of life"),
         (1, "sleep", {"place": "read", "call": 6, "seconds": 120}, "rank 1 in data at step", "no progress"),
         (0, "sleep", {"place": "write", "call": 3, "seconds": 120}, "rank 0 in", "writing a checkpoint"),
     ],
@@ -419,9 +421,7 @@ def test_the_watchdog(
     bench: Bench, engine: str, rank: int, name: str, options: dict, named: str, last: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    # Steps of half a second, so that the signs of life, one in 0.75 s, tell where a rank was.
-    faults = [(rank, name, options), *((r, "slow", {"place": "micro-step", "seconds": 0.3}) for r in range(2))]
-    job = bench.job(folder, engine, faults=faults, watchdog_seconds=6)
+    job = bench.job(folder, engine, faults=[(rank, name, options)], watchdog_seconds=6)
     job.wait_for(lambda: job.fired(rank))
     began = time.monotonic()
     codes = job.wait(30)
