@@ -49,6 +49,7 @@ def dry_run(config: Config, plan: Plan, folder: RunFolder) -> None:
     _look_at_model(config, vocab_size or GPT2_VOCAB_SIZE)
     _look_at_machine(config, plan, vocab_size or GPT2_VOCAB_SIZE)
     _look_at_disk(config, plan, folder, vocab_size or GPT2_VOCAB_SIZE, problems)
+    _look_at_destination(config, folder, problems)
     if problems:
         raise ConfigError(*problems)
 
@@ -206,7 +207,7 @@ def _look_at_machine(config: Config, plan: Plan, vocab_size: int) -> None:
     if machine is None:
         say("time", "unknown: nobody has measured or estimated this GPU")
         return
-    run = estimate(replace(config, micro_batch_size=1), machine, getattr(config, "price_per_hour", None), vocab_size)
+    run = estimate(replace(config, micro_batch_size=1), machine, config.price_per_hour, vocab_size)
     money = "" if run.dollars is None else f", {run.dollars:,.2f} dollars"
     say("time", f"about {run.hours:,.2f} hours{money} at {run.tokens_per_second:,.0f} tokens/s ({run.basis})")
 
@@ -234,3 +235,19 @@ def _look_at_disk(config: Config, plan: Plan, folder: RunFolder, vocab_size: int
         state = "too small"
         problems += error.problems
     say("disk", f"{shutil.disk_usage(existing).free / GIB:.1f} GiB free at {existing}: {state}")
+
+
+def _look_at_destination(config: Config, folder: RunFolder, problems: list[str]) -> None:
+    """Whether the token may push to push_to_hub, and whose the repository is."""
+    if config.push_to_hub is None:
+        return
+    from recipe.publish.hub import HubError
+    from recipe.publish.push import Destination
+
+    try:
+        state = Destination.of(config).look(folder)
+    except HubError as error:
+        if not error.passing:
+            problems.append(f"push_to_hub: {error}")
+        state = f"not checked: {error}" if error.passing else "REFUSED"
+    say("push_to_hub", f"{config.push_to_hub}: {state}")

@@ -98,7 +98,7 @@ def main(words: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--machine", help="COUNTxGPU, as 8xA100-80GB")
-    parser.add_argument("--price_per_hour", type=float, help="dollars, for the whole machine")
+    parser.add_argument("--price_per_hour", type=float, help="dollars, for the whole machine (default: the config's)")
     parser.add_argument("--table", action="store_true", help="GPT-2's sizes on many machines")
     parser.add_argument("--growth", help="numbers of GPUs, as 1,8,64,512; a step's parts and the cost of a token on each")
     parser.add_argument("--budget", type=float, help="dollars; the best run that they buy")
@@ -107,10 +107,11 @@ def main(words: list[str]) -> int:
     arguments, rest = parser.parse_known_args(words)
     try:
         config, problems = parse_config(rest)
+        price = config.price_per_hour if arguments.price_per_hour is None else arguments.price_per_hour
         wants_machine = not arguments.table
         if wants_machine and not arguments.machine:
             problems.append("machine: missing; give --machine 8xA100-80GB, or --table for many")
-        if arguments.budget is not None and not arguments.price_per_hour:
+        if arguments.budget is not None and not price:
             problems.append("budget: dollars become hours by --price_per_hour, which is missing")
         if problems:
             raise ConfigError(*problems)
@@ -126,9 +127,9 @@ def main(words: list[str]) -> int:
             print(json.dumps(found) if arguments.json else "\n".join(growth_lines(config, machine.gpu_name, counts)))
             return 0
         if arguments.budget is not None or arguments.deadline:
-            limits = [arguments.budget / arguments.price_per_hour] if arguments.budget is not None else []
+            limits = [arguments.budget / price] if arguments.budget is not None else []
             limits += [parse_hours(arguments.deadline)] if arguments.deadline else []
-            runs = best_within(config, machine, min(limits), arguments.price_per_hour)
+            runs = best_within(config, machine, min(limits), price)
             if arguments.json:
                 print(json.dumps([{"size": size, "fit_loss": loss, **run.as_dict()} for size, run, loss in runs]))
             else:
@@ -137,7 +138,7 @@ def main(words: list[str]) -> int:
                     money = "" if run.dollars is None else f", {run.dollars:,.2f} dollars"
                     print(f"  {size:6} {run.tokens:>16,} tokens  fit {loss:.3f}  {run.hours:.2f} h{money}  ({run.basis})")
             return 0
-        run = estimate(config, machine, arguments.price_per_hour)
+        run = estimate(config, machine, price)
         print(json.dumps(run.as_dict()) if arguments.json else "\n".join(lines(run)))
     except ConfigError as error:
         from recipe.cli import report_problems

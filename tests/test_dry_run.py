@@ -18,6 +18,7 @@ import torch
 
 from hub_server import Fault, HubServer, Request, client_environment
 from launch import PRETRAIN, ROOT, TINY, environment, options
+from push_helpers import TOKEN, writes
 from recipe.data.corpus import open_corpora
 from recipe.data.stream import RowStream
 from recipe.data.validation import hold_out
@@ -40,8 +41,13 @@ CASES = {
     "folder, too short": {"data": "text", "max_steps": 100_000},
     "prepared": {"data": "tokens", "tokenizer": "tokenizer"},
     "prepared on the Hub": {"data": "Org/tokens", "tokenizer": "tokenizer"},
+    "push, new": {"data": "text", "push_to_hub": "tester/new"},
+    "push, not ours": {"data": "text", "push_to_hub": "Org/gpt2"},
+    "push, no token": {"data": "text", "push_to_hub": "tester/new"},
+    "push, unreachable": {"data": "text", "push_to_hub": "Org/away"},
     "disk": {"data": "text", "n_layer": 9_999, "n_embd": 4_096, "n_head": 32},
 }
+WITH_TOKEN = ("push, new", "push, not ours", "push, unreachable")
 
 
 def hub_fault(request: Request) -> Fault | None:
@@ -70,7 +76,11 @@ def work(tmp_path_factory: pytest.TempPathFactory, fineweb_folder: Path) -> Path
         hub.add_repo("dataset", "Org/tokens", {str(path.relative_to(folder / "tokens")): path for path in tokens})
         hub.fault = hub_fault
         cases = {
-            name: {"arguments": options(**TINY | ROWS | fields), "environment": {}, "follow_advice": False}
+            name: {
+                "arguments": options(**TINY | ROWS | fields),
+                "environment": {"HF_TOKEN": TOKEN} if name in WITH_TOKEN else {},
+                "follow_advice": False,
+            }
             for name, fields in CASES.items()
         }
         (folder.parent / "cases.json").write_text(json.dumps(cases))
@@ -82,6 +92,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, fineweb_folder: Path) -> Path
             check=True,
             timeout=250,
         )
+        (folder.parent / "writes.json").write_text(json.dumps([f"{r.method} {r.path}" for r in writes(hub)]))
     return folder
 
 
@@ -162,6 +173,8 @@ def test_prepared_tokens_on_the_hub_are_not_downloaded(work: Path) -> None:
         ("Hub, gone", "data: Org/nothing: "),
         ("Hub, gated", "data: Org/gated: Org/gated is gated; log in with `hf auth login`"),
         ("disk", "output_dir: "),
+        ("push, not ours", "push_to_hub: Org/gpt2 is public, and private was asked for"),
+        ("push, no token", "push_to_hub: there is no access token: set HF_TOKEN"),
     ],
 )
 def test_what_would_stop_the_run_is_told_after_the_rest(work: Path, name: str, problem: str) -> None:
@@ -176,6 +189,14 @@ def test_a_hub_that_does_not_answer_is_no_error(work: Path) -> None:
     done = result(work, "Hub, unreachable")
     assert done["code"] == 0, done["stderr"]
     assert {"data not checked: offline: Org/away", "tokenizer not checked: offline: Org/away"} <= set(lines(done))
+
+
+def test_where_it_would_push_to_is_looked_at(work: Path) -> None:
+    new, away = result(work, "push, new"), result(work, "push, unreachable")
+    assert new["code"] == 0 and "push_to_hub tester/new: will be made, private" in lines(new), new["stderr"]
+    assert away["code"] == 0, away["stderr"]
+    assert any(line.startswith("push_to_hub Org/away: not checked: ") for line in lines(away))
+    assert (work.parent / "writes.json").read_text() == "[]"  # nothing was made
 
 
 @pytest.mark.slow

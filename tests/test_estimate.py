@@ -115,6 +115,16 @@ def run_plan(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+def test_plan_takes_the_price_of_the_configuration(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"base: {ROOT / 'configs' / 'gpt2-124m.yaml'}\nprice_per_hour: 14\n")
+    words = ("--machine", "8xA100-80GB", "--json")
+    configured, given = run_plan(str(own), *words), run_plan("configs/gpt2-124m.yaml", *words, "--price_per_hour", "14")
+    assert json.loads(configured.stdout)["dollars"] == json.loads(given.stdout)["dollars"] > 0
+    other = run_plan(str(own), *words, "--price_per_hour", "28")
+    assert json.loads(other.stdout)["dollars"] == pytest.approx(2 * json.loads(given.stdout)["dollars"])
+
+
 def test_the_script_needs_no_torch(config: Config) -> None:
     done = run_plan("configs/gpt2-124m.yaml", "--machine", "8xA100-80GB", "--price_per_hour", "14", "--json")
     result = json.loads(done.stdout)

@@ -403,15 +403,30 @@ def test_max_hours(bench: Bench, tmp_path: Path) -> None:
 # --- dead, frozen and stalled -------------------------------------------------------------------------------------
 
 
+IN_STEP = {"place": "micro-step", "call": 18, "after": 1.5}  # the last sign of life, one in 0.75 s, came from there
+
+
 @pytest.mark.promise(
     "The rank at fault and what it did are named in time", "SIGKILL, SIGSTOP, a stalled read, a hung save of a rank"
 )
 @pytest.mark.parametrize(
     "rank, name, options, named, last",
     [
-        (1, "send", {"number": KILL, "place": "micro-step", "call": 18, "after": 1.5}, "rank 1 in train at step", "killed"),
-        (1, "send", {"number": STOP, "place": "micro-step", "call": 18, "after": 1.5}, "rank 1 in train at step", "no sign of life"),
-        (0, "send", {"number": STOP, "place": "micro-step", "call": 18, "after": 1.5}, "rank 0 in train at step", "no sign of life"),
+        (1, "send", IN_STEP | {"number": KILL}, "rank 1 in train at step", "killed"),
+        (
+            1,
+            "send",
+            IN_STEP | {"number": STOP},
+            "rank 1 in train at step",
+            "no sign of life",
+        ),
+        (
+            0,
+            "send",
+            IN_STEP | {"number": STOP},
+            "rank 0 in train at step",
+            "no sign of life",
+        ),
         (1, "sleep", {"place": "read", "call": 6, "seconds": 120}, "rank 1 in data at step", "no progress"),
         (0, "sleep", {"place": "write", "call": 3, "seconds": 120}, "rank 0 in", "writing a checkpoint"),
     ],

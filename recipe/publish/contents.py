@@ -88,6 +88,10 @@ class HubRecord:
             self._set(run_id=uuid.uuid4().hex)
         return self._value["run_id"]
 
+    def is_mine(self, run_id: str | None) -> bool:
+        """Whether the run has this name; draws none."""
+        return run_id is not None and run_id == self._value["run_id"]
+
     @property
     def resumed_from(self) -> str | None:
         """The commit that the run was continued from, if that came from the Hub."""

@@ -81,6 +81,19 @@ class HubRepo:
         self.name, self._record, self._private, self._into_existing = name, record, private, into_existing
         self._api = HfApi(token=get_token() or False)
 
+    def look(self) -> str:
+        """What `prepare` would find and do, in a few words; nothing is changed.
+
+        Raises:
+            HubError: if it would refuse.
+        """
+        self._check_user()
+        info = self._info()
+        if info is None:
+            return f"will be made, {'private' if self._private else 'public'}"
+        self._is_claimed(info)
+        return "there, and may be pushed to"
+
     def prepare(self) -> None:
         """See to it that the repository is there, ours and as private as asked, and mark it.
 
@@ -94,23 +107,8 @@ class HubRepo:
             info = self._info()
         if info is None:
             raise HubError(f"{self.name} was made, and the Hub does not show it; try again", passing=True)
-        if self._private and not info.private:
-            raise HubError(
-                f"{self.name} is public, and private was asked for: nothing was uploaded. Make it private in its settings on "
-                "the Hub, or say that it is to be public (--public; hub_private false)"
-            )
-        names = {sibling.rfilename for sibling in info.siblings or ()}
-        owner = self._owner(info.sha) if MARKER in names else None
-        if owner == self._record.run_id or self._into_existing:
-            return
-        if names <= {".gitattributes"} and self._record.created(self.name):
+        if not self._is_claimed(info):
             self._claim(info.sha)
-        else:
-            whose = "another run" if owner else "something that this run did not make"
-            raise HubError(
-                f"{self.name} exists and holds {whose}: nothing was uploaded. Choose another name, or push over it with "
-                "--into_existing (hub_into_existing true)"
-            )
 
     def push(self, files: dict[str, Path], branch: str, message: str) -> Pushed:
         """Commit files, by their path in the repository, to a branch, which is made from main if it is not there. Nothing is
@@ -147,6 +145,29 @@ class HubRepo:
                 if error.response.status_code == 401:
                     raise
                 return None
+
+    def _is_claimed(self, info: Any) -> bool:
+        """Whether the repository has the marker or needs none; False if it is ours and new.
+
+        Raises:
+            HubError: if it is not to be pushed to.
+        """
+        if self._private and not info.private:
+            raise HubError(
+                f"{self.name} is public, and private was asked for: nothing was uploaded. Make it private in its settings on "
+                "the Hub, or say that it is to be public (--public; hub_private false)"
+            )
+        names = {sibling.rfilename for sibling in info.siblings or ()}
+        owner = self._owner(info.sha) if MARKER in names else None
+        if self._record.is_mine(owner) or self._into_existing:
+            return True
+        if names <= {".gitattributes"} and self._record.created(self.name):
+            return False
+        whose = "another run" if owner else "something that this run did not make"
+        raise HubError(
+            f"{self.name} exists and holds {whose}: nothing was uploaded. Choose another name, or push over it with "
+            "--into_existing (hub_into_existing true)"
+        )
 
     def _create(self) -> None:
         self._record.creates(self.name)

@@ -46,9 +46,20 @@ class Destination:
         Raises:
             HubError: if the run may not push there.
         """
-        repo = HubRepo(self.repo, HubRecord(folder), self.private, self.into_existing)
+        repo = self._repo(folder)
         repo.prepare()
         return repo
+
+    def look(self, folder: RunFolder) -> str:
+        """What `open` would do, in a few words, without doing it.
+
+        Raises:
+            HubError: if the run may not push there.
+        """
+        return self._repo(folder).look()
+
+    def _repo(self, folder: RunFolder) -> HubRepo:
+        return HubRepo(self.repo, HubRecord(folder), self.private, self.into_existing)
 
 
 def branch_of(step: int) -> str:
