@@ -157,6 +157,9 @@ class TrainingConfig:
     resume: str = "auto"
     """auto: continue from the newest checkpoint of the run folder, if any; none: start afresh, refused on a folder that
     holds a run; the path of a checkpoint; or `hub:USER/NAME@REVISION`, what a run with push_state has pushed there."""
+    zero_init_projections: bool = False
+    """Start the last matrix of each attention and MLP (c_proj) at zero, so that every block begins as the identity (Zhang et
+    al. 2019, Fixup; Yang et al. 2022, mu-Transfer). Else they are normal, scaled by 1/sqrt(2 n_layer), as GPT-2's."""
     init_from: str | None = None
     """Start from these weights instead of random ones: a folder or `USER/NAME[@revision]` with any GPT-2 checkpoint of the
     same n_layer, n_head, n_embd, n_positions and vocabulary. Default: from scratch."""

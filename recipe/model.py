@@ -43,9 +43,10 @@ def gpt2_config(config: Config, vocab_size: int, end_of_text: int) -> GPT2Config
 
 
 def build_model(config: Config, vocab_size: int, end_of_text: int) -> PretrainingModel:
-    """A freshly initialised model in fp32: normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), as GPT-2.
+    """A freshly initialised model in fp32: normal(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), as GPT-2, or zero
+    with `zero_init_projections`.
 
-    The weights are a function of `config.seed` and the shapes alone.
+    The weights are a function of `config.seed` and the shapes alone; the other matrices do not depend on how projections start.
     """
     torch.manual_seed(config.seed)
     gpt2 = GPT2LMHeadModel._from_config(
@@ -53,6 +54,10 @@ def build_model(config: Config, vocab_size: int, end_of_text: int) -> Pretrainin
     )
     with torch.no_grad():
         gpt2.transformer.wte.weight[vocab_size:] = 0
+        if config.zero_init_projections:
+            for block in gpt2.transformer.h:
+                block.attn.c_proj.weight.zero_()
+                block.mlp.c_proj.weight.zero_()
     if config.activation_checkpointing:
         checkpoint_blocks(gpt2)
     return PretrainingModel(gpt2, vocab_size)

@@ -235,6 +235,8 @@ def _range_problems(config: Config) -> list[str]:
         parse_batch_ramp(config.batch_ramp)
     except ValueError:
         problems.append(f"batch_ramp: {config.batch_ramp!r} is not a list of TOKENSxSTEPS; write it as 131072x1000,262144x500")
+    if config.zero_init_projections and config.init_from is not None:
+        problems.append("zero_init_projections: the weights of init_from are not random ones; drop one of the two")
     problems += _hub_problems(config)
     if config.tokenizer.startswith("train:"):
         try:

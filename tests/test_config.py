@@ -399,6 +399,12 @@ def test_a_batch_ramp_that_is_none(ramp):
     assert problem == f"batch_ramp: {ramp!r} is not a list of TOKENSxSTEPS; write it as 131072x1000,262144x500"
 
 
+def test_weights_start_from_a_model_or_at_zero():
+    both = [*STEPS, "--zero_init_projections", "true", "--init_from", "gpt2"]
+    assert the_problem(both) == "zero_init_projections: the weights of init_from are not random ones; drop one of the two"
+    assert not problems_of(both[:-2]) and not problems_of([*STEPS, "--init_from", "gpt2"])
+
+
 def test_heads_must_divide_the_width():
     assert the_problem([*STEPS, "--n_head", "7"]).startswith("n_head: 7 heads do not divide n_embd 768; ")
 
@@ -499,6 +505,7 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "beta1": lambda rng: rng.random(),
     "beta2": lambda rng: rng.random(),
     "muon_momentum": lambda rng: rng.random(),
+    "zero_init_projections": lambda rng: False,  # which init_from excludes
     "batch_ramp": lambda rng: rng.choice([None, "1x1", "64x3, 128x2", "131_072x1000"]),
     "max_hours": lambda rng: rng.choice([None, 0.5 + rng.random()]),
     "spike_threshold": lambda rng: 1 + rng.random(),

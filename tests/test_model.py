@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,3 +90,21 @@ def test_no_recompilation_after_the_first_step_and_the_first_validation(model: P
     validate()
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def test_projections_that_start_at_zero_make_every_block_the_identity() -> None:
+    config = Config(n_layer=2, n_head=2, n_embd=16, n_positions=32)
+    stock = dict(build_model(config, VOCAB, 0).named_parameters())
+    model = build_model(replace(config, zero_init_projections=True), VOCAB, 0)
+    zeroed = {name for name, p in model.named_parameters() if name.endswith("c_proj.weight")}
+    assert len(zeroed) == 4
+    for name, p in model.named_parameters():
+        assert not p.any() if name in zeroed else torch.equal(p, stock[name]), name
+        assert not name.endswith(".weight") or stock[name].any()
+    hidden = torch.randn(2, 8, 16)
+    for block in model.gpt2.transformer.h:
+        assert torch.equal(block(hidden), hidden)
+    model(rows()).mean().backward()
+    # Only they and what reads the residual stream get a gradient at first; the rest follows when they have left zero.
+    moved = {name for name, p in model.named_parameters() if p.grad.any()}
+    assert zeroed < moved and not any("c_attn" in name or "c_fc" in name for name in moved)
