@@ -89,6 +89,9 @@ class OptimizerConfig:
     """adamw, or muon: Muon for the blocks' matrices and AdamW for embeddings, positions, biases and LayerNorms."""
     learning_rate: float = 6e-4
     """Peak learning rate of AdamW."""
+    embedding_learning_rate: float | None = None
+    """Peak learning rate of the token embedding, which is the head as well, and of the positions: they may take higher rates
+    than matrices (Yang et al. 2022, mu-Transfer). Default: learning_rate."""
     warmup_steps: float = 700
     """Linear warm-up: a count of steps, or a share of the run if below 1."""
     schedule: typing.Literal["constant", "cosine", "linear", "trapezoidal"] = "cosine"

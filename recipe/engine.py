@@ -51,6 +51,7 @@ class Engine:
 
     Attributes:
         model: the PretrainingModel, in the precision of the run.
+        optimizer: of torch, over this rank's part of the masters.
         compiled: whether torch.compile makes its forward.
     """
 

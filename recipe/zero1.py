@@ -51,9 +51,9 @@ class Zero1Engine(Engine):
             self.engine, _ = self.accelerator.prepare(model, optimizer)
         # DeepSpeed links parameters to their moments at the first step of the first group, when those of the second do
         # not exist yet under fp32. With moments from the start, every group is linked.
-        base = self.engine.optimizer.optimizer
+        self.optimizer = self.engine.optimizer.optimizer
         for masters, group in zip(self._flat_masters(), self.parameter_groups, strict=True):
-            base.state[masters] = initial_state(group.algorithm, masters)
+            self.optimizer.state[masters] = initial_state(group.algorithm, masters)
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         if precision == "bf16":
             self.engine.optimizer.step = self._update
@@ -116,14 +116,14 @@ class Zero1Engine(Engine):
                 yield kind, name, safe_get_full_optimizer_state(p, kind)
 
     def _optimizer_step(self) -> torch.Tensor:
-        return self.engine.optimizer.optimizer.state[self._flat_masters()[0]]["step"]
+        return self.optimizer.state[self._flat_masters()[0]]["step"]
 
     @torch.no_grad()
     def load_full_state(self, state: dict[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for masters in self._flat_masters():
-            moments = self.engine.optimizer.optimizer.state[masters]
+            moments = self.optimizer.state[masters]
             if "step" in moments:
                 moments["step"].copy_(state["step"].reshape(()))
         for full_name, p in self.model.named_parameters():

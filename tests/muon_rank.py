@@ -1,6 +1,7 @@
-"""A rank that trains a tiny GPT-2 with Muon through an engine of the project, and notes all that test_muon_engines.py asks.
+"""A rank that trains a tiny GPT-2 with Muon, or what else VARIANTS names, through an engine of the project, and notes all that
+test_muon_engines.py and test_variants.py ask.
 
-    accelerate launch --config_file ... tests/muon_rank.py FOLDER PRECISION
+    accelerate launch --config_file ... tests/muon_rank.py FOLDER PRECISION VARIANT
 
 writes FOLDER/results.pt on rank 0. The rows are made here, so that the test can train on the same.
 """
@@ -34,6 +35,11 @@ CONFIG = Config(
     warmup_steps=5, schedule="linear", max_grad_norm=0.5, compile=False,
 )  # fmt: skip
 
+VARIANTS = {
+    "muon": CONFIG,
+    "adamw": replace(CONFIG, optimizer="adamw", embedding_learning_rate=6e-3),
+}
+
 
 def rows_of(step: int) -> torch.Tensor:
     """The batch of a step: token ids [ROWS, 33] that walk through the vocabulary in steps a model can learn."""
@@ -43,13 +49,13 @@ def rows_of(step: int) -> torch.Tensor:
     return torch.cat([start, start + strides.cumsum(1)], dim=1) % VOCABULARY
 
 
-def train(engine: Engine, first: int, last: int) -> dict[str, list[float]]:
+def train(engine: Engine, config: Config, first: int, last: int) -> dict[str, list[float]]:
     """Steps `first` to `last`; the global loss, norm and skipped flag of each."""
     distributed, plan = engine.distributed, engine.plan
     history: dict[str, list[float]] = {"loss": [], "norm": [], "skipped": []}
     for step in range(first, last):
-        own = rows_of(step)[distributed.rank :: distributed.num_ranks].split(CONFIG.micro_batch_size)
-        result = engine.train_step(own, hyperparameters(step, CONFIG, plan))
+        own = rows_of(step)[distributed.rank :: distributed.num_ranks].split(config.micro_batch_size)
+        result = engine.train_step(own, hyperparameters(step, config, plan))
         history["loss"].append(float(distributed.mean(result.loss.clone())))
         history["norm"].append(float(result.grad_norm))
         history["skipped"].append(float(result.skipped))
@@ -64,7 +70,7 @@ def poison(engine: Engine):
     return lambda: engine.model.__dict__.pop("forward", None)
 
 
-def count_work(engine: Engine, step: int) -> list[int]:
+def count_work(engine: Engine, config: Config, step: int) -> list[int]:
     """How many matrices each rank orthogonalises in a step."""
     work, original = np.zeros(engine.distributed.num_ranks, dtype=np.int64), muon.orthogonalize
 
@@ -73,57 +79,57 @@ def count_work(engine: Engine, step: int) -> list[int]:
         return original(matrices, table)
 
     muon.orthogonalize = count
-    train(engine, step, step + 1)
+    train(engine, config, step, step + 1)
     muon.orthogonalize = original
     return engine.distributed.sum(work).tolist()
 
 
-def main(folder: Path, precision: str) -> None:
+def main(folder: Path, precision: str, variant: str) -> None:
     distributed = Distributed()
     torch.set_num_threads(1)  # two threads on a busy machine wait for each other more than they compute
-    config = replace(CONFIG, precision=precision)
+    config = replace(VARIANTS[variant], precision=precision)
     plan = make_plan(config, distributed.num_ranks)
     engine = make_engine(build_model(config, VOCABULARY, 0), config, plan, distributed, precision)
-    optimizer = engine.optimizer if hasattr(engine, "optimizer") else engine.engine.optimizer.optimizer
     results: dict = {"engine": type(engine).__name__, "start": engine.full_state()}
     start = distributed.broadcast(results["start"])
 
-    results["history"] = train(engine, 0, SAVED_STEP)
+    results["history"] = train(engine, config, 0, SAVED_STEP)
     results["saved"] = engine.full_state()
-    for name, values in train(engine, SAVED_STEP, STEPS).items():
+    for name, values in train(engine, config, SAVED_STEP, STEPS).items():
         results["history"][name] += values
     results["end"] = engine.full_state()
 
     # Back to the checkpoint, over what the later steps left.
     engine.load_full_state(distributed.broadcast(results["saved"]))
     results["loaded"] = engine.full_state()
-    results["history_again"] = train(engine, SAVED_STEP, STEPS)
+    results["history_again"] = train(engine, config, SAVED_STEP, STEPS)
     results["end_again"] = engine.full_state()
 
     # A checkpoint of one process.
     if distributed.num_ranks > 1:
-        engine.load_full_state(torch.load(folder.parent / f"cpu-{precision}" / "results.pt")["saved"])
+        engine.load_full_state(torch.load(folder.parent / f"cpu-{precision}-{variant}" / "results.pt")["saved"])
         results["loaded_other"] = engine.full_state()
-        results["history_other"] = train(engine, SAVED_STEP, STEPS)
+        results["history_other"] = train(engine, config, SAVED_STEP, STEPS)
 
     # A gradient that is not finite on one rank.
     cure = poison(engine)
     results["before_poison"] = engine.full_state()
-    results["history_poisoned"] = train(engine, 0, 1)
+    results["history_poisoned"] = train(engine, config, 0, 1)
     results["after_poison"] = engine.full_state()
     cure()
-    results["history_cured"] = train(engine, 0, 1)
+    results["history_cured"] = train(engine, config, 0, 1)
     results["after_cure"] = engine.full_state()
 
-    results["work"] = count_work(engine, 1)
-    engine.load_full_state(start)
-    optimizer.ns_dtype = torch.bfloat16
-    results["history_bf16"] = train(engine, 0, LONG)
+    if variant == "muon":
+        results["work"] = count_work(engine, config, 1)
+        engine.load_full_state(start)
+        engine.optimizer.ns_dtype = torch.bfloat16
+        results["history_bf16"] = train(engine, config, 0, LONG)
     if distributed.is_main:
         torch.save(results, folder / "results.pt")
     distributed.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])
     os._exit(0)  # as scripts/pretrain.py does, and for its reason

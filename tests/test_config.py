@@ -361,6 +361,7 @@ def test_no_length_is_refused():
         ("learning_rate", "-1e-3", "learning_rate: -0.001 is below 0"),
         ("keep_checkpoints", "0", "keep_checkpoints: 0 is below 1"),
         ("evaluate_limit", "0", "evaluate_limit: 0 is below 1"),
+        ("embedding_learning_rate", "-1", "embedding_learning_rate: -1.0 is below 0"),
         ("beta1", "-0.1", "beta1: -0.1 is below 0"),
         ("beta2", "1", "beta2: 1.0 must be below 1"),
         ("muon_learning_rate", "-0.02", "muon_learning_rate: -0.02 is below 0"),

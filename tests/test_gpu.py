@@ -96,7 +96,7 @@ def test_a_step_neither_syncs_nor_recompiles(engine) -> None:
     rows = torch.randint(0, VOCAB, (32, 1025), device="cuda")
 
     def step() -> None:
-        engine.train_step(rows.split(8), Hyperparameters(1e-4, 0.0, 0.0))
+        engine.train_step(rows.split(8), Hyperparameters(1e-4, 1e-4, 0.0, 0.0))
 
     step()
     step()

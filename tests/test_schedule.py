@@ -140,11 +140,19 @@ def test_momentum_without_warmup_and_below_the_start():
     assert muon_momentum(0, Config(muon_momentum=0.5, muon_momentum_warmup_steps=10)) == 0.5
 
 
-def test_both_rates_follow_one_schedule():
+def test_all_rates_follow_one_schedule():
     config, plan = make("linear")
-    config = replace(config, muon_learning_rate=0.02)
+    config = replace(config, muon_learning_rate=0.02, embedding_learning_rate=4e-2)
     for step in (0, 9, 10, 60, 109):
         values = hyperparameters(step, config, plan)
         assert values.learning_rate == learning_rate(step, config, plan)
         assert values.muon_learning_rate == pytest.approx(2.5 * values.learning_rate)
+        assert values.embedding_learning_rate == pytest.approx(5 * values.learning_rate)
         assert values.muon_momentum == 0.95
+
+
+def test_embeddings_without_a_rate_have_adamws():
+    config, plan = make("cosine")
+    for step in range(110):
+        values = hyperparameters(step, config, plan)
+        assert values.embedding_learning_rate == values.learning_rate == learning_rate(step, config, plan)

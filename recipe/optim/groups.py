@@ -23,10 +23,12 @@ class ParameterGroup:
     weight_decay: float
     algorithm: str = "adamw"
     """adamw, or muon."""
+    rate: str = "learning_rate"
+    """Which of the Hyperparameters is its learning rate."""
 
     def options(self) -> dict:
         """The keys of the optimizer's group beside its parameters."""
-        options = {"weight_decay": self.weight_decay, "algorithm": self.algorithm}
+        options = {"weight_decay": self.weight_decay, "algorithm": self.algorithm, "rate": self.rate}
         if self.algorithm == "muon":
             options["matrices"] = [_block_matrix(name, p) for name, p in self.named]
         return options
@@ -34,19 +36,18 @@ class ParameterGroup:
 
 def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
     """AdamW: what has two dimensions with decay, biases and LayerNorms without. Muon takes the blocks' matrices out of the
-    first; embeddings, positions and vectors stay with AdamW."""
+    first; embeddings, positions and vectors stay with AdamW. Embeddings with a rate of their own are a group of their own."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = [(n, p) for n, p in named if p.dim() < 2]
     matrices = [(n, p) for n, p in named if p.dim() >= 2]
-    if config.optimizer == "adamw":
+    if config.optimizer == "adamw" and config.embedding_learning_rate is None:
         return [ParameterGroup(matrices, config.weight_decay), ParameterGroup(vectors, 0.0)]
     in_blocks = [(n, p) for n, p in matrices if re.search(r"transformer\.h\.\d+\.", n)]
     tables = [(n, p) for n, p in matrices if not re.search(r"transformer\.h\.\d+\.", n)]
-    return [
-        ParameterGroup(tables, config.weight_decay),
-        ParameterGroup(vectors, 0.0),
-        ParameterGroup(in_blocks, config.muon_weight_decay, "muon"),
-    ]
+    groups = [ParameterGroup(tables, config.weight_decay, rate="embedding_learning_rate"), ParameterGroup(vectors, 0.0)]
+    if config.optimizer == "adamw":
+        return [*groups, ParameterGroup(in_blocks, config.weight_decay)]
+    return [*groups, ParameterGroup(in_blocks, config.muon_weight_decay, "muon", "muon_learning_rate")]
 
 
 def _block_matrix(name: str, parameter: nn.Parameter) -> BlockMatrix:
@@ -79,10 +80,9 @@ def make_optimizer(
 def set_hyperparameters(optimizer_groups: list[dict], values: Hyperparameters) -> None:
     """Give the optimizer's groups the values of a step."""
     for group in optimizer_groups:
+        group["lr"] = getattr(values, group["rate"])
         if group["algorithm"] == "muon":
-            group["lr"], group["momentum"] = values.muon_learning_rate, values.muon_momentum
-        else:
-            group["lr"] = values.learning_rate
+            group["momentum"] = values.muon_momentum
 
 
 def state_kinds(groups: list[ParameterGroup]) -> dict[str, tuple[str, ...]]:

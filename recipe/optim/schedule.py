@@ -18,15 +18,20 @@ class Hyperparameters:
 
     learning_rate: float
     """AdamW's."""
+    embedding_learning_rate: float
+    """AdamW's of embedding and positions."""
     muon_learning_rate: float
     muon_momentum: float
 
 
 def hyperparameters(step: int, config: Config, plan: Plan) -> Hyperparameters:
     """The values of optimizer step `step`, counted from 0."""
+    share = schedule_share(step, config, plan)
+    embedding = config.learning_rate if config.embedding_learning_rate is None else config.embedding_learning_rate
     return Hyperparameters(
         learning_rate=learning_rate(step, config, plan),
-        muon_learning_rate=config.muon_learning_rate * schedule_share(step, config, plan),
+        embedding_learning_rate=embedding * share,
+        muon_learning_rate=config.muon_learning_rate * share,
         muon_momentum=muon_momentum(step, config),
     )
 
