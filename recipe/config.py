@@ -103,6 +103,8 @@ class OptimizerConfig:
     """Where cosine, linear and trapezoidal end, as a share of the peak."""
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay of matrices and embeddings; biases and LayerNorms have none."""
+    cautious_weight_decay: bool = False
+    """Let weights decay only where the update shrinks them as well, AdamW's and Muon's (Chen et al. 2025)."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.95

@@ -37,7 +37,8 @@ CONFIG = Config(
 
 VARIANTS = {
     "muon": CONFIG,
-    "adamw": replace(CONFIG, optimizer="adamw", embedding_learning_rate=6e-3),
+    "adamw": replace(CONFIG, optimizer="adamw", embedding_learning_rate=6e-3, cautious_weight_decay=True),
+    "candidates": replace(CONFIG, cautious_weight_decay=True, embedding_learning_rate=6e-3, zero_init_projections=True),
 }
 
 

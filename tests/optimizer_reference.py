@@ -60,7 +60,7 @@ class Reference:
             p.grad *= min(1, 0.5 / norm)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak"] * share
-        self.adamw.step()
+        self._adamw()
         if self.config.optimizer == "muon":
             for name, p in self.blocks.items():
                 width = 32 if "c_attn" in name else p.shape[1]
@@ -69,12 +69,28 @@ class Reference:
                     self._muon((name, part), p.detach()[:, columns].T, p.grad[:, columns].T, 0.02 * share, momentum)
         return loss.item(), norm
 
+    @torch.no_grad()
+    def _adamw(self) -> None:
+        if not self.config.cautious_weight_decay:
+            return self.adamw.step()
+        decays = [group["weight_decay"] for group in self.adamw.param_groups]
+        before = {p: p.clone() for p in self.model.parameters()}
+        for group in self.adamw.param_groups:
+            group["weight_decay"] = 0
+        self.adamw.step()
+        for group, decay in zip(self.adamw.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+            for p in group["params"]:
+                agree = self.adamw.state[p]["exp_avg"] * before[p] >= 0
+                p[agree] -= group["lr"] * decay * before[p][agree]
+
     def _muon(self, key: tuple[str, int], weight: torch.Tensor, gradient: torch.Tensor, rate: float, momentum: float) -> None:
         m = self.momentum.setdefault(key, torch.zeros_like(gradient))
         m.mul_(momentum).add_(gradient, alpha=1 - momentum)
         update = newton_schulz((1 - momentum) * gradient + momentum * m)
         scale = max(1, weight.shape[0] / weight.shape[1]) ** 0.5
-        weight.mul_(1 - rate * 0.1).sub_(rate * scale * update)
+        agree = scale * update * weight >= 0 if self.config.cautious_weight_decay else torch.ones_like(weight)
+        weight.copy_(weight - rate * 0.1 * agree * weight - rate * scale * update)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and state by the names of a checkpoint."""

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from recipe.optim import muon
+from recipe.optim import cautious, muon
+from recipe.optim.cautious import CautiousAdamW
 from recipe.optim.muon import MuonAdamW
 from recipe.optim.orthogonalize import POLAR_EXPRESS, coefficients, orthogonalize
 from recipe.optim.sharing import BlockMatrix, Sharing
@@ -169,7 +170,7 @@ class Ranks:
         return results
 
 
-def train(matrices: list[BlockMatrix], ranks: int, steps: int = 3, padding: int = 0, dtype=torch.float32):
+def train(matrices: list[BlockMatrix], ranks: int, steps: int = 3, padding: int = 0, dtype=torch.float32, **more):
     """Weights and momentum, flat, after some steps on random gradients, and the ranks that computed them."""
     size = sum(m.numel for m in matrices)
     slice_size = -(-size // ranks) + padding
@@ -180,7 +181,7 @@ def train(matrices: list[BlockMatrix], ranks: int, steps: int = 3, padding: int 
     def rank_run(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         own = slice(rank * slice_size, (rank + 1) * slice_size)
         weights = start[own].clone().requires_grad_()
-        group = {"params": [weights], "algorithm": "muon", "matrices": matrices, "momentum": 0.9, "weight_decay": 0.1}
+        group = {"params": [weights], "algorithm": "muon", "matrices": matrices, "momentum": 0.9, "weight_decay": 0.1} | more
         optimizer = MuonAdamW([group], QUINTIC, dtype, rank, ranks, world.exchange(rank), lr=0.05, fused=True)
         for gradient in gradients:
             weights.grad = gradient[own].clone()
@@ -297,11 +298,60 @@ def test_the_other_groups_are_torchs_adamw(found_inf):
     assert all(torch.equal(x, y) for x, y in zip(*pairs, strict=True))
 
 
+# --- cautious weight decay ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [7, 10**6])
+def test_adamw_decays_cautiously_where_update_and_weight_agree(monkeypatch, chunk: int):
+    monkeypatch.setattr(cautious, "CHUNK_ELEMENTS", chunk)
+    keywords = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "fused": True}
+    ours, theirs = randn(40).requires_grad_(), randn(40).requires_grad_()
+    group = {"params": [ours], "weight_decay": 0.0, "cautious_decay": 0.5}
+    optimizer, plain = CautiousAdamW([group], **keywords), torch.optim.AdamW([theirs], weight_decay=0.0, **keywords)
+    agreed = 0
+    for step in range(5):
+        gradient, before = randn(40, seed=step + 1), theirs.detach().clone()
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        plain.step()
+        with torch.no_grad():
+            agree = (before - theirs) * before >= 0
+            theirs -= 0.1 * 0.5 * before * agree
+        agreed += int(agree.sum())
+        assert torch.allclose(ours, theirs, atol=1e-6), step
+    assert 40 < agreed < 160
+    optimizer.found_inf = torch.tensor(1.0)
+    ours.grad, before = torch.full((40,), float("nan")), ours.detach().clone()
+    optimizer.step()
+    assert torch.equal(ours, before)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_muon_decays_cautiously_where_update_and_weight_agree(ranks: int):
+    matrices = blocks(6, 2)
+    start = randn(sum(m.numel for m in matrices))
+    free, *_ = train(matrices, ranks, steps=1, weight_decay=0.0)
+    found, *_ = train(matrices, ranks, steps=1, padding=2, weight_decay=0.0, cautious_decay=0.1)
+    agree = (start - free) * start >= 0
+    assert 0.4 < agree.float().mean() < 0.6
+    assert torch.allclose(found, free - 0.05 * 0.1 * start * agree, atol=2e-6)
+
+
+def test_muon_may_decay_in_parts_and_cautiously_on_any_number_of_ranks(monkeypatch):
+    matrices = blocks(5, 2)
+    whole, momentum, *_ = train(matrices, 1, cautious_decay=0.1)
+    monkeypatch.setattr(cautious, "CHUNK_ELEMENTS", 100)
+    weights, shared_momentum, rest, _ = train(matrices, 4, padding=3, cautious_decay=0.1)
+    assert torch.equal(momentum, shared_momentum) and not rest.any()
+    assert (weights - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("more", [{}, {"weight_decay": 0.0, "cautious_decay": 0.1}])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_where_found_inf_is_one_nothing_changes(bad):
+def test_where_found_inf_is_one_nothing_changes(bad, more):
     matrices = blocks(4, 1)
     weights = randn(192).requires_grad_()
-    group = {"params": [weights], "algorithm": "muon", "matrices": matrices, "momentum": 0.9, "weight_decay": 0.1}
+    group = {"params": [weights], "algorithm": "muon", "matrices": matrices, "momentum": 0.9, "weight_decay": 0.1, **more}
     optimizer = MuonAdamW([group], QUINTIC, torch.float32, 0, 1, lr=0.05, fused=True)
     seen = []
     for step, found_inf in enumerate([0.0, 1.0, 0.0]):

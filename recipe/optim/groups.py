@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from recipe.config import Config
+from recipe.optim.cautious import CautiousAdamW
 from recipe.optim.muon import STATE_KINDS, MuonAdamW
 from recipe.optim.orthogonalize import coefficients
 from recipe.optim.schedule import Hyperparameters
@@ -25,10 +26,14 @@ class ParameterGroup:
     """adamw, or muon."""
     rate: str = "learning_rate"
     """Which of the Hyperparameters is its learning rate."""
+    cautious: bool = False
+    """Whether weights decay only where the update shrinks them as well."""
 
     def options(self) -> dict:
         """The keys of the optimizer's group beside its parameters."""
         options = {"weight_decay": self.weight_decay, "algorithm": self.algorithm, "rate": self.rate}
+        if self.cautious:
+            options |= {"weight_decay": 0.0, "cautious_decay": self.weight_decay}
         if self.algorithm == "muon":
             options["matrices"] = [_block_matrix(name, p) for name, p in self.named]
         return options
@@ -40,14 +45,20 @@ def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     vectors = [(n, p) for n, p in named if p.dim() < 2]
     matrices = [(n, p) for n, p in named if p.dim() >= 2]
+    cautious = config.cautious_weight_decay
     if config.optimizer == "adamw" and config.embedding_learning_rate is None:
-        return [ParameterGroup(matrices, config.weight_decay), ParameterGroup(vectors, 0.0)]
+        return [ParameterGroup(matrices, config.weight_decay, cautious=cautious), ParameterGroup(vectors, 0.0)]
     in_blocks = [(n, p) for n, p in matrices if re.search(r"transformer\.h\.\d+\.", n)]
     tables = [(n, p) for n, p in matrices if not re.search(r"transformer\.h\.\d+\.", n)]
-    groups = [ParameterGroup(tables, config.weight_decay, rate="embedding_learning_rate"), ParameterGroup(vectors, 0.0)]
     if config.optimizer == "adamw":
-        return [*groups, ParameterGroup(in_blocks, config.weight_decay)]
-    return [*groups, ParameterGroup(in_blocks, config.muon_weight_decay, "muon", "muon_learning_rate")]
+        blocks = ParameterGroup(in_blocks, config.weight_decay, cautious=cautious)
+    else:
+        blocks = ParameterGroup(in_blocks, config.muon_weight_decay, "muon", "muon_learning_rate", cautious)
+    return [
+        ParameterGroup(tables, config.weight_decay, rate="embedding_learning_rate", cautious=cautious),
+        ParameterGroup(vectors, 0.0),
+        blocks,
+    ]
 
 
 def _block_matrix(name: str, parameter: nn.Parameter) -> BlockMatrix:
@@ -69,7 +80,7 @@ def make_optimizer(
         "lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True
     }  # fmt: skip
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **keywords)
+        return (CautiousAdamW if config.cautious_weight_decay else torch.optim.AdamW)(groups, **keywords)
     # A CPU has no fast bf16 products worth the loss of digits, nor has an fp32 run asked for any.
     automatic = "bf16" if cuda and precision == "bf16" else "fp32"
     ns_dtype = automatic if config.muon_ns_dtype == "auto" else config.muon_ns_dtype

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from recipe.optim.cautious import CautiousAdamW, chunks, decay_where_agreeing
 from recipe.optim.orthogonalize import orthogonalize
 from recipe.optim.sharing import BlockMatrix, Exchange, Sharing, all_to_all
 
@@ -15,8 +16,8 @@ BATCH_ELEMENTS = 2**26
 what the products need. The 124M model's are one batch of each shape."""
 
 
-class MuonAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW in groups with `algorithm` "adamw", Muon (Keller Jordan 2024) in those with "muon".
+class MuonAdamW(CautiousAdamW):
+    """CautiousAdamW in groups with `algorithm` "adamw", Muon (Keller Jordan 2024) in those with "muon".
 
     A group for Muon has one parameter: this rank's slice of the flat parameters that `matrices`, a list of BlockMatrix,
     describes in their order, as ZeRO-1 makes it. Further keys: `lr`, `momentum`, `weight_decay`. Momentum is element-wise and
@@ -24,6 +25,8 @@ class MuonAdamW(torch.optim.AdamW):
 
         m <- momentum m + (1 - momentum) g
         W <- (1 - lr weight_decay) W - lr scale orthogonalize((1 - momentum) g + momentum m)
+
+    With a `cautious_decay` instead of `weight_decay`, the decay is cautious (recipe/optim/cautious.py).
 
     As under fused AdamW, where the tensor `found_inf` is 1 nothing changes, without a look from the host. Gradients of Muon's
     groups are overwritten.
@@ -65,20 +68,23 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _muon_step(self, group: dict) -> None:
         (weights,) = group["params"]
-        direction, keep = self._direction(weights, group)
+        direction = self._direction(weights, group)
         if "sharing" not in group:
             # Only now: ZeRO-1 puts the slice into the group after the optimizer was made.
             group["sharing"] = Sharing(group["matrices"], weights.numel(), self.num_ranks)
         sharing: Sharing = group["sharing"]
         matrices: list[BlockMatrix] = group["matrices"]
         if group["weight_decay"]:
-            weights.mul_(1 - group["lr"] * group["weight_decay"] * keep)
-        work = _Batches()
+            weights.mul_(1 - group["lr"] * group["weight_decay"] * self.keep)
+        cautious = bool(group.get("cautious_decay"))
+        # Whether to decay shows only in the whole update, which then takes the direction's place before it is applied.
+        flat, rate = (direction, 1.0) if cautious else (weights, -group["lr"])
+        work = _Batches(overwrite=cautious)
         for index, piece in sharing.whole(self.rank):
             for source, target in zip(
-                matrices[index].split(piece.of(direction)), matrices[index].split(piece.of(weights)), strict=True
+                matrices[index].split(piece.of(direction)), matrices[index].split(piece.of(flat)), strict=True
             ):
-                work.add(source, target, -group["lr"] * matrices[index].scale)
+                work.add(source, target, rate * matrices[index].scale)
         updates = {}
         if sharing.split:
             wholes = sharing.collect(self.rank, direction, self.ns_dtype, self.exchange)
@@ -90,32 +96,39 @@ class MuonAdamW(torch.optim.AdamW):
         if sharing.split:
             like = direction.new_empty(0, dtype=self.ns_dtype)
             for index, piece, update in sharing.hand_back(self.rank, updates, like, self.exchange):
-                piece.of(weights).add_(update, alpha=-group["lr"] * matrices[index].scale)
+                _put(piece.of(flat), update, rate * matrices[index].scale, overwrite=cautious)
+        if cautious:
+            for w, update in chunks(weights, direction):
+                decay_where_agreeing(w, w * update, group["lr"] * group["cautious_decay"], self.keep)
+                w.sub_(update, alpha=group["lr"])
 
-    def _direction(self, weights: torch.Tensor, group: dict) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """The momentum after this step's gradient, Nesterov's look ahead included, in the place of the gradient; and 1, or 0
-        if nothing may change, in which case the direction is zero."""
+    def _direction(self, weights: torch.Tensor, group: dict) -> torch.Tensor:
+        """The momentum after this step's gradient, Nesterov's look ahead included, in the place of the gradient; zero if
+        nothing may change."""
         gradient, momentum = weights.grad, group["momentum"]
         state = self.state[weights]
         if "momentum_buffer" not in state:
             state |= initial_state("muon", weights)
-        keep: torch.Tensor | float = 1.0
-        found_inf = getattr(self, "found_inf", None)
+        keep, found_inf = self.keep, getattr(self, "found_inf", None)
         if found_inf is not None:
-            keep = 1 - found_inf
             gradient.masked_fill_(found_inf.bool(), 0)  # 0 x NaN would be NaN
         state["momentum_buffer"].lerp_(gradient, (1 - momentum) * keep)
-        return gradient.lerp_(state["momentum_buffer"], momentum * keep), keep
+        return gradient.lerp_(state["momentum_buffer"], momentum * keep)
 
 
 class _Batches:
-    """Matrices to orthogonalise, collected by shape."""
+    """Matrices to orthogonalise, collected by shape.
 
-    def __init__(self):
+    Args:
+        overwrite: put the results in the place of their targets, which may be their sources, instead of adding them.
+    """
+
+    def __init__(self, overwrite: bool = False):
+        self.overwrite = overwrite
         self._items: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor, float]]] = defaultdict(list)
 
     def add(self, source: torch.Tensor, target: torch.Tensor, factor: float) -> None:
-        """Let `factor` times the orthogonalised `source` be added to `target`."""
+        """Let `factor` times the orthogonalised `source` be added to `target`, or put there."""
         if source.shape[0] > source.shape[1]:
             source, target = source.mT, target.mT
         self._items[tuple(source.shape)].append((source, target, factor))
@@ -129,7 +142,16 @@ class _Batches:
                 for matrix, (source, _, _) in zip(matrices, batch, strict=True):
                     matrix.copy_(source)
                 for matrix, (_, target, factor) in zip(orthogonalize(matrices, table), batch, strict=True):
-                    target.add_(matrix, alpha=factor)
+                    _put(target, matrix, factor, self.overwrite)
+
+
+def _put(target: torch.Tensor, matrix: torch.Tensor, factor: float, overwrite: bool) -> None:
+    if not overwrite:
+        target.add_(matrix, alpha=factor)
+    elif factor == 1:
+        target.copy_(matrix)
+    else:
+        target.copy_(matrix).mul_(factor)
 
 
 STATE_KINDS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
