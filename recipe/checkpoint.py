@@ -3,7 +3,7 @@
 A checkpoint is the folder `checkpoints/step-00000500` of
 
     model.safetensors      fp32 masters by name, as in GPT2LMHeadModel, vocabulary padded
-    optimizer.safetensors  fp32 moments or momentum by name, and AdamW's step
+    optimizer.safetensors  fp32 moments or momentum by name, NorMuon's by neuron, and AdamW's step
     rng.safetensors        the random generators of every rank
     state.json             step, tokens, the data stream's state, losses for finding spikes, the best loss
     MANIFEST.json          size and sha256 of each of these, topology, versions, hash of the configuration; written last
@@ -30,7 +30,7 @@ from recipe.files import sha256, sync, sync_folder, write_json
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}\.tmp")
-_MOMENTS = ("exp_avg.", "exp_avg_sq.", "momentum_buffer.")
+_MOMENTS = ("exp_avg.", "exp_avg_sq.", "momentum_buffer.", "second_momentum_buffer.")
 
 
 class CheckpointError(RuntimeError):

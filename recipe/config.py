@@ -113,6 +113,9 @@ class OptimizerConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    muon_variant: typing.Literal["muon", "normuon"] = "muon"
+    """normuon: bring the neurons of a matrix, its outputs, to updates of about one length by their running mean square, and
+    keep the length of the whole (NorMuon, Li et al. 2025)."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of Muon, with the same schedule; of each matrix times max(1, outputs / inputs)^0.5."""
     muon_momentum: float = 0.95

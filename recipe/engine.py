@@ -9,6 +9,7 @@ among the ranks also where the rest of the optimizer is replicated.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from recipe.distributed import Distributed
 from recipe.kernels import choose_kernels
 from recipe.model import PretrainingModel
 from recipe.optim.groups import ParameterGroup, make_optimizer, parameter_groups, set_hyperparameters
-from recipe.optim.muon import STATE_KINDS, initial_state
+from recipe.optim.muon import SECOND_MOMENTS, initial_state
 from recipe.optim.schedule import Hyperparameters
 from recipe.plan import Plan
 
@@ -88,13 +89,14 @@ class Engine:
     def full_state(self, buffers: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Masters and moments in fp32 on the CPU of rank 0 (empty elsewhere), the same under every engine and number of
         ranks: `model.NAME`; `exp_avg.NAME` and `exp_avg_sq.NAME` of AdamW's parameters, `momentum_buffer.NAME` of Muon's,
-        with NAME as in GPT2LMHeadModel; and AdamW's `step`. Collective.
+        with NAME as in GPT2LMHeadModel, and with NorMuon `second_momentum_buffer.NAME`, a value for each output; and AdamW's
+        `step`. Collective.
 
         Args:
             buffers: an earlier full state, of which nothing is needed any more, to be overwritten by this one.
         """
         state, buffers = {}, buffers or {}
-        for kind, name, tensor in self._full_tensors():
+        for kind, name, tensor in itertools.chain(self._full_tensors(), self._neuron_tensors()):
             if self.distributed.is_main:
                 key = f"{kind}.{name.removeprefix('gpt2.')}"
                 if key not in buffers:
@@ -110,6 +112,23 @@ class Engine:
     def load_full_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a `full_state`, given on every rank."""
         raise NotImplementedError
+
+    def _neuron_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """NorMuon's second moments, each of which one rank has."""
+        for group in self._normuon_groups():
+            moments = self.optimizer.second_moments(group)
+            if self.distributed.num_ranks > 1:
+                dist.all_reduce(moments)  # with zeros: nothing is rounded
+            for matrix, part in zip(group["matrices"], moments.split([m.neurons for m in group["matrices"]]), strict=True):
+                yield SECOND_MOMENTS, matrix.name, part
+
+    def _load_neuron_state(self, state: dict[str, torch.Tensor]) -> None:
+        for group in self._normuon_groups():
+            names = [matrix.name.removeprefix("gpt2.") for matrix in group["matrices"]]
+            self.optimizer.load_second_moments(group, torch.cat([state[f"{SECOND_MOMENTS}.{name}"] for name in names]))
+
+    def _normuon_groups(self) -> list[dict]:
+        return [group for group in self.optimizer.param_groups if group["algorithm"] == "normuon"]
 
     def _full_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         raise NotImplementedError
@@ -189,7 +208,7 @@ class ReplicatedEngine(Engine):
     def _full_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for group in self._groups:
             moments = self.optimizer.state[group.masters]
-            kinds = STATE_KINDS[group.group.algorithm]
+            kinds = group.group.element_state
             for kind, own in (("model", group.masters), *((kind, moments[kind]) for kind in kinds)):
                 for name, tensor in group.named_views(group.whole(own.detach())):
                     yield kind, name, tensor
@@ -201,7 +220,7 @@ class ReplicatedEngine(Engine):
     def load_full_state(self, state: dict[str, torch.Tensor]) -> None:
         for group in self._groups:
             moments = initial_state(group.group.algorithm, group.masters)
-            for kind in ("model", *STATE_KINDS[group.group.algorithm]):
+            for kind in ("model", *group.group.element_state):
                 flat = torch.zeros_like(group.gradients)
                 for name, tensor in group.named_views(flat):
                     tensor.copy_(state[f"{kind}.{name.removeprefix('gpt2.')}"])
@@ -210,6 +229,7 @@ class ReplicatedEngine(Engine):
                 moments["step"].copy_(state["step"].reshape(()))
             self.optimizer.state[group.masters] = moments
             group.masters_to_weights()
+        self._load_neuron_state(state)
 
 
 class _FlatGroup:
@@ -220,7 +240,7 @@ class _FlatGroup:
 
     def __init__(self, group: ParameterGroup, distributed: Distributed):
         self.group, self.named = group, group.named
-        self._sharded = group.algorithm == "muon" and distributed.num_ranks > 1
+        self._sharded = group.algorithm != "adamw" and distributed.num_ranks > 1
         parts, part = (distributed.num_ranks, distributed.rank) if self._sharded else (1, 0)
         parameters = [p for _, p in self.named]
         weights = [p.detach().flatten() for p in parameters]

@@ -171,8 +171,9 @@ class Run:
         expected = {f"{kind}.{name.removeprefix('gpt2.')}" for name in kinds for kind in kinds[name]}
         if start and not expected <= full_state.keys():
             theirs = "muon" if any(n.startswith("momentum_buffer.") for n in full_state) else "adamw"
+            name = "optimizer" if theirs != config.optimizer else "muon_variant"
             raise ConfigError(
-                f"optimizer: {start.path} holds the state of {theirs}, not of {config.optimizer}; set optimizer {theirs}"
+                f"{name}: {start.path} holds the state of {theirs}, not of {getattr(config, name)}; set {name} {theirs}"
             )
         self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
         self._steps = Steps(self.plan, flops_per_token(config, self.encoder.vocab_size), self._peak_flops(), distributed)

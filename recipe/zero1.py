@@ -16,7 +16,7 @@ from recipe.config import Config
 from recipe.distributed import Distributed
 from recipe.engine import OPTIMIZER, Engine, StepResult
 from recipe.model import PretrainingModel
-from recipe.optim.groups import make_optimizer, set_hyperparameters, state_kinds
+from recipe.optim.groups import make_optimizer, set_hyperparameters
 from recipe.optim.muon import initial_state
 from recipe.optim.schedule import Hyperparameters
 from recipe.plan import Plan
@@ -46,7 +46,7 @@ class Zero1Engine(Engine):
         self.accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=plan.accumulation)
         options = [{"params": [p for _, p in group.named], **group.options()} for group in self.parameter_groups]
         optimizer = make_optimizer(options, config, precision, distributed.rank, distributed.num_ranks, distributed.cuda)
-        self._state_kinds = state_kinds(self.parameter_groups)
+        self._element_state = {name: group.element_state for group in self.parameter_groups for name, _ in group.named}
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables past its logger
             self.engine, _ = self.accelerator.prepare(model, optimizer)
         # DeepSpeed links parameters to their moments at the first step of the first group, when those of the second do
@@ -112,7 +112,7 @@ class Zero1Engine(Engine):
 
         for name, p in self.model.named_parameters():
             yield "model", name, safe_get_full_fp32_param(p)
-            for kind in self._state_kinds[name]:
+            for kind in self._element_state[name]:
                 yield kind, name, safe_get_full_optimizer_state(p, kind)
 
     def _optimizer_step(self) -> torch.Tensor:
@@ -129,9 +129,10 @@ class Zero1Engine(Engine):
         for full_name, p in self.model.named_parameters():
             name = full_name.removeprefix("gpt2.")
             safe_set_full_fp32_param(p, state[f"model.{name}"])
-            for kind in self._state_kinds[full_name]:
+            for kind in self._element_state[full_name]:
                 safe_set_full_optimizer_state(p, state[f"{kind}.{name}"], kind)
             p.data.copy_(state[f"model.{name}"])
+        self._load_neuron_state(state)
 
 
 def deepspeed_config(config: Config, plan: Plan, precision: str) -> dict[str, Any]:

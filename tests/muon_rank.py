@@ -38,7 +38,9 @@ CONFIG = Config(
 VARIANTS = {
     "muon": CONFIG,
     "adamw": replace(CONFIG, optimizer="adamw", embedding_learning_rate=6e-3, cautious_weight_decay=True),
-    "candidates": replace(CONFIG, cautious_weight_decay=True, embedding_learning_rate=6e-3, zero_init_projections=True),
+    "candidates": replace(
+        CONFIG, muon_variant="normuon", cautious_weight_decay=True, embedding_learning_rate=6e-3, zero_init_projections=True
+    ),
 }
 
 

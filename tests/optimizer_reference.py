@@ -47,6 +47,7 @@ class Reference:
             groups.append({"params": list(self.blocks.values()), "weight_decay": 0.1, "peak": config.learning_rate})
         self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
         self.momentum: dict[tuple[str, int], torch.Tensor] = {}
+        self.moments: dict[tuple[str, int], torch.Tensor] = {}
 
     def step(self, step: int) -> tuple[float, float]:
         """The loss, and the norm before clipping."""
@@ -88,6 +89,11 @@ class Reference:
         m = self.momentum.setdefault(key, torch.zeros_like(gradient))
         m.mul_(momentum).add_(gradient, alpha=1 - momentum)
         update = newton_schulz((1 - momentum) * gradient + momentum * m)
+        if self.config.muon_variant == "normuon":
+            moments = self.moments.setdefault(key, torch.zeros(len(update), 1))
+            moments.mul_(0.95).add_(update.square().mean(dim=1, keepdim=True), alpha=0.05)
+            normalized = update / (moments.sqrt() + 1e-10)
+            update = normalized * update.norm() / (normalized.norm() + 1e-10)
         scale = max(1, weight.shape[0] / weight.shape[1]) ** 0.5
         agree = scale * update * weight >= 0 if self.config.cautious_weight_decay else torch.ones_like(weight)
         weight.copy_(weight - rate * 0.1 * agree * weight - rate * scale * update)
@@ -102,6 +108,9 @@ class Reference:
         for name in self.blocks if self.config.optimizer == "muon" else ():
             parts = [m.T for (n, _), m in self.momentum.items() if n == name]
             found[f"momentum_buffer.{name.removeprefix('gpt2.')}"] = torch.cat(parts, dim=1)
+            if self.config.muon_variant == "normuon":
+                parts = [v.flatten() for (n, _), v in self.moments.items() if n == name]
+                found[f"second_momentum_buffer.{name.removeprefix('gpt2.')}"] = torch.cat(parts)
         return found
 
 

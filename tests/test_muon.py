@@ -10,7 +10,7 @@ import torch
 
 from recipe.optim import cautious, muon
 from recipe.optim.cautious import CautiousAdamW
-from recipe.optim.muon import MuonAdamW
+from recipe.optim.muon import MuonAdamW, normalize_neurons
 from recipe.optim.orthogonalize import POLAR_EXPRESS, coefficients, orthogonalize
 from recipe.optim.sharing import BlockMatrix, Sharing
 
@@ -177,6 +177,7 @@ def train(matrices: list[BlockMatrix], ranks: int, steps: int = 3, padding: int 
     start = torch.cat([randn(size), torch.zeros(ranks * slice_size - size)])
     gradients = [torch.cat([randn(size, seed=step + 1), torch.zeros(ranks * slice_size - size)]) for step in range(steps)]
     world = Ranks(ranks)
+    world.second_moments, world.sizes = [None] * ranks, [0] * ranks
 
     def rank_run(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         own = slice(rank * slice_size, (rank + 1) * slice_size)
@@ -186,6 +187,9 @@ def train(matrices: list[BlockMatrix], ranks: int, steps: int = 3, padding: int 
         for gradient in gradients:
             weights.grad = gradient[own].clone()
             optimizer.step()
+        if group["algorithm"] == "normuon":
+            world.second_moments[rank] = optimizer.second_moments(optimizer.param_groups[0])
+            world.sizes[rank] = len(optimizer.state[weights]["second_momentum_buffer"])
         return weights.detach(), optimizer.state[weights]["momentum_buffer"]
 
     slices = world.run(rank_run)
@@ -298,6 +302,55 @@ def test_the_other_groups_are_torchs_adamw(found_inf):
     assert all(torch.equal(x, y) for x, y in zip(*pairs, strict=True))
 
 
+# --- NorMuon ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("neuron_dim", [-1, -2])
+def test_neurons_are_brought_to_one_length_and_the_matrix_keeps_its_own(dtype, neuron_dim: int):
+    matrices = (randn(3, 6, 9) * torch.linspace(0.1, 2, 9)).to(dtype)
+    neurons = matrices.shape[neuron_dim]
+    moments = [torch.zeros(neurons) for _ in range(3)]
+    found = matrices.float() * normalize_neurons(matrices, moments, neuron_dim, 0.05)
+    assert torch.allclose(found.norm(dim=(1, 2)), matrices.float().norm(dim=(1, 2)), rtol=1e-5)
+    lengths = found.norm(dim=-3 - neuron_dim)  # the first step's moments are its own squares
+    assert torch.allclose(lengths, lengths[:, :1].expand_as(lengths), rtol=1e-5)
+    squares = matrices.float().square().mean(dim=-3 - neuron_dim)
+    assert torch.allclose(torch.stack(moments), 0.05 * squares, rtol=1e-5)
+    again = matrices.flip(-1) if neuron_dim == -1 else matrices.flip(-2)
+    normalize_neurons(again, moments, neuron_dim, 0.05)
+    assert torch.allclose(torch.stack(moments), 0.95 * 0.05 * squares + 0.05 * squares.flip(-1), rtol=1e-5)
+
+
+def test_a_matrix_of_zeros_stays_zero_and_a_neuron_without_gradient_harms_nothing():
+    matrices = randn(2, 4, 6)
+    matrices[0] = 0
+    matrices[1, :, 2] = 0
+    factors = normalize_neurons(matrices, [torch.zeros(6), torch.zeros(6)], -1, 0.05)
+    found = matrices * factors
+    assert found.isfinite().all() and not found[0].any() and not found[1, :, 2].any()
+    assert torch.allclose(found[1].norm(), matrices[1].norm())
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 8, 30])
+@pytest.mark.parametrize("more", [{}, {"weight_decay": 0.0, "cautious_decay": 0.1}])
+def test_normuon_on_any_number_of_ranks(ranks: int, more: dict):
+    matrices, more = blocks(5, 2), {"algorithm": "normuon", **more}
+    weights, momentum, _, alone = train(matrices, 1, **more)
+    plain, *_ = train(matrices, 1)
+    shared_weights, shared_momentum, rest, world = train(matrices, ranks, padding=3, **more)
+    assert torch.equal(shared_momentum, momentum) and not rest.any() and world.bytes > 0
+    assert (shared_weights - weights).abs().max() < 1e-5
+    assert (plain - weights).abs().max() > 0.02
+    # Each value lies on one rank, and the sum over the ranks is the state of one.
+    assert len(world.second_moments) == ranks
+    assert torch.allclose(sum(world.second_moments), alone.second_moments[0], rtol=1e-4, atol=1e-9)
+    assert (torch.stack(world.second_moments) != 0).sum(0).max() == 1
+    assert sum(world.sizes) == len(alone.second_moments[0]) == sum(m.neurons for m in matrices)
+    rounded, *_ = train(matrices, ranks, dtype=torch.bfloat16, **more)
+    assert 0 < (rounded - weights).abs().max() < 0.05
+
+
 # --- cautious weight decay ----------------------------------------------------------------------------------------
 
 
@@ -346,7 +399,7 @@ def test_muon_may_decay_in_parts_and_cautiously_on_any_number_of_ranks(monkeypat
     assert (weights - whole).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("more", [{}, {"weight_decay": 0.0, "cautious_decay": 0.1}])
+@pytest.mark.parametrize("more", [{}, {"cautious_decay": 0.1}, {"algorithm": "normuon"}])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_where_found_inf_is_one_nothing_changes(bad, more):
     matrices = blocks(4, 1)

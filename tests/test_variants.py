@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from muon_rank import SAVED_STEP, STEPS, VARIANTS
+from muon_rank import CONFIG, SAVED_STEP, STEPS, VARIANTS
 from optimizer_reference import assert_same, largest, launcher, train_reference
 
 PARALLEL = ["2cpu-zero1", "2cpu-ddp"]
@@ -69,3 +69,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(results, accelerate_file:
     assert_same(found["after_poison"], found["before_poison"])
     assert found["history_cured"]["skipped"] == [0.0]
     assert all(tensor.isfinite().all() for tensor in found["after_cure"].values())
+
+
+@pytest.mark.parametrize("accelerate_file", ALL)
+def test_normuon_remembers_a_value_for_each_neuron(results, accelerate_file: str) -> None:
+    saved = results["candidates"](accelerate_file, "fp32")["saved"]
+    found = {name: tensor for name, tensor in saved.items() if name.startswith("second_momentum_buffer.")}
+    assert len(found) == 4 * CONFIG.n_layer
+    for name, moments in found.items():
+        weight = saved[name.replace("second_momentum_buffer", "model")]
+        assert moments.shape == weight.shape[1:] and (moments > 0).all(), name  # Conv1D is [inputs, outputs]

@@ -10,7 +10,7 @@ from torch import nn
 
 from recipe.config import Config
 from recipe.optim.cautious import CautiousAdamW
-from recipe.optim.muon import STATE_KINDS, MuonAdamW
+from recipe.optim.muon import ELEMENT_STATE, SECOND_MOMENTS, MuonAdamW
 from recipe.optim.orthogonalize import coefficients
 from recipe.optim.schedule import Hyperparameters
 from recipe.optim.sharing import BlockMatrix
@@ -23,7 +23,7 @@ class ParameterGroup:
     named: list[tuple[str, nn.Parameter]]
     weight_decay: float
     algorithm: str = "adamw"
-    """adamw, or muon."""
+    """adamw, muon or normuon."""
     rate: str = "learning_rate"
     """Which of the Hyperparameters is its learning rate."""
     cautious: bool = False
@@ -34,9 +34,19 @@ class ParameterGroup:
         options = {"weight_decay": self.weight_decay, "algorithm": self.algorithm, "rate": self.rate}
         if self.cautious:
             options |= {"weight_decay": 0.0, "cautious_decay": self.weight_decay}
-        if self.algorithm == "muon":
+        if self.algorithm != "adamw":
             options["matrices"] = [_block_matrix(name, p) for name, p in self.named]
         return options
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        """What the optimizer remembers for each element: the moments of AdamW, or the momentum of Muon."""
+        return ELEMENT_STATE[self.algorithm]
+
+    @property
+    def neuron_state(self) -> tuple[str, ...]:
+        """What it remembers for each neuron: NorMuon's second moments."""
+        return (SECOND_MOMENTS,) if self.algorithm == "normuon" else ()
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
@@ -53,7 +63,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
     if config.optimizer == "adamw":
         blocks = ParameterGroup(in_blocks, config.weight_decay, cautious=cautious)
     else:
-        blocks = ParameterGroup(in_blocks, config.muon_weight_decay, "muon", "muon_learning_rate", cautious)
+        blocks = ParameterGroup(in_blocks, config.muon_weight_decay, config.muon_variant, "muon_learning_rate", cautious)
     return [
         ParameterGroup(tables, config.weight_decay, rate="embedding_learning_rate", cautious=cautious),
         ParameterGroup(vectors, 0.0),
@@ -92,10 +102,10 @@ def set_hyperparameters(optimizer_groups: list[dict], values: Hyperparameters) -
     """Give the optimizer's groups the values of a step."""
     for group in optimizer_groups:
         group["lr"] = getattr(values, group["rate"])
-        if group["algorithm"] == "muon":
+        if group["algorithm"] != "adamw":
             group["momentum"] = values.muon_momentum
 
 
 def state_kinds(groups: list[ParameterGroup]) -> dict[str, tuple[str, ...]]:
-    """What the optimizer remembers of each parameter, by name: the moments of AdamW, or the momentum of Muon."""
-    return {name: STATE_KINDS[group.algorithm] for group in groups for name, _ in group.named}
+    """What the optimizer remembers of each parameter, by name."""
+    return {name: group.element_state + group.neuron_state for group in groups for name, _ in group.named}

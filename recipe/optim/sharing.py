@@ -33,6 +33,11 @@ class BlockMatrix:
         return self.inputs * self.outputs * self.parts
 
     @property
+    def neurons(self) -> int:
+        """Outputs of all its matrices."""
+        return self.parts * self.outputs
+
+    @property
     def cost(self) -> int:
         """Multiplications of one iteration of Newton-Schulz: XX^T, its square, and its product with X."""
         short, long = sorted((self.inputs, self.outputs))
@@ -118,6 +123,10 @@ class Sharing:
     def whole(self, rank: int) -> list[tuple[int, Piece]]:
         """The parameters that lie in the rank's slice from end to end."""
         return [(i, pieces[0]) for i, pieces in enumerate(self.pieces) if len(pieces) == 1 and pieces[0].rank == rank]
+
+    def owned(self, rank: int) -> list[int]:
+        """The parameters of which the rank orthogonalises the matrices."""
+        return [index for index, owner in enumerate(self.owners) if owner == rank]
 
     def own_pieces(self, rank: int) -> list[tuple[int, Piece]]:
         """The rank's pieces of parameters that lie across a boundary."""
