@@ -113,6 +113,9 @@ class OptimizerConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    z_loss: float = 0.0
+    """Weight in the training of the squared log of the softmax's denominator, which keeps logits from drifting (Chowdhery et
+    al. 2022, PaLM: 1e-4). The losses that are told do not contain it."""
     muon_variant: typing.Literal["muon", "normuon"] = "muon"
     """normuon: bring the neurons of a matrix, its outputs, to updates of about one length by their running mean square, and
     keep the length of the whole (NorMuon, Li et al. 2025)."""

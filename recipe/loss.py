@@ -22,8 +22,13 @@ FP8_GRADIENT_SCALE = 2.0**15
 """Brings softmax - onehot, within [-1, 1], to the range of e5m2, whose largest number is 57,344."""
 
 
-def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, head: Head) -> torch.Tensor:
+def head_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, head: Head, z_loss: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy of each target in nats.
+
+    With `z_loss` the values are the same, and the gradients those of cross-entropy + z_loss * logsumexp(logits)^2 (Chowdhery et
+    al. 2022, PaLM, section 5): what is trained on is more than what is told.
 
     Args:
         hidden: [tokens, width].
@@ -35,23 +40,34 @@ def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     """
     if head == "plain":
         logits = F.linear(hidden, weight)[:, :vocab_size].float()
-        return F.cross_entropy(logits, targets, reduction="none")
+        return with_z_loss(F.cross_entropy(logits, targets, reduction="none"), logits, z_loss)
     if not torch.is_grad_enabled():
         return torch.ops.recipe.head_loss_only(hidden, weight, targets, vocab_size)
     if head == "fp8":
-        return torch.ops.recipe.head_loss_fp8(hidden, weight, targets, vocab_size)[0]
-    return torch.ops.recipe.head_loss(hidden, weight, targets, vocab_size)[0]
+        return torch.ops.recipe.head_loss_fp8(hidden, weight, targets, vocab_size, z_loss)[0]
+    return torch.ops.recipe.head_loss(hidden, weight, targets, vocab_size, z_loss)[0]
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, gradient: bool) -> torch.Tensor:
-    """Losses of logits [tokens, padded vocabulary], which are overwritten by their gradient if `gradient`."""
+def with_z_loss(losses: torch.Tensor, logits: torch.Tensor, z_loss: float) -> torch.Tensor:
+    """Losses [tokens] of logits [tokens, vocabulary] as they are, with the gradient of z_loss * logsumexp(logits)^2 besides."""
+    if not z_loss or not torch.is_grad_enabled():
+        return losses
+    penalty = z_loss * logits.logsumexp(-1).square()
+    return losses + (penalty - penalty.detach())
+
+
+def _cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, gradient: bool, z_loss: float = 0.0
+) -> torch.Tensor:
+    """Losses of logits [tokens, padded vocabulary], which are overwritten by their gradient, z-loss included, if `gradient`."""
     from recipe.loss_kernel import cross_entropy_kernel
 
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     block = min(4096, 1 << (vocab_size - 1).bit_length())
     cross_entropy_kernel[(len(logits),)](
-        logits, losses, targets, logits.stride(0), vocab_size, logits.shape[1], GRADIENT=gradient, BLOCK=block, num_warps=8
-    )
+        logits, losses, targets, logits.stride(0), vocab_size, logits.shape[1], GRADIENT=gradient, Z_LOSS=z_loss, BLOCK=block,
+        num_warps=8,
+    )  # fmt: skip
     return losses
 
 
@@ -80,20 +96,20 @@ def _(hidden, weight, targets, vocab_size):
 
 @torch.library.custom_op("recipe::head_loss", mutates_args=())
 def _head_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses [tokens], and the gradient of their sum by the logits, [tokens, padded vocabulary]."""
+    """Losses [tokens], and the gradient of their sum, z-loss included, by the logits, [tokens, padded vocabulary]."""
     logits = _logits(hidden, weight)
-    return _cross_entropy(logits, targets, vocab_size, gradient=True), logits
+    return _cross_entropy(logits, targets, vocab_size, gradient=True, z_loss=z_loss), logits
 
 
 @_head_loss.register_fake
-def _(hidden, weight, targets, vocab_size):
+def _(hidden, weight, targets, vocab_size, z_loss):
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(hidden.shape[0], weight.shape[0])
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, _, _ = inputs
+    hidden, weight, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, *output[1:])
@@ -105,7 +121,7 @@ def _differentiate(ctx, grad_losses, _):
     scale = grad_losses.unsqueeze(1)
     grad_hidden = (grad_logits @ weight * scale).to(hidden.dtype)
     grad_weight = grad_logits.T @ (hidden * scale).to(hidden.dtype)
-    return grad_hidden, grad_weight, None, None
+    return grad_hidden, grad_weight, None, None, None
 
 
 _head_loss.register_autograd(_differentiate, setup_context=_save)
@@ -130,10 +146,10 @@ def _quantize(x: torch.Tensor, direct: bool, transposed: bool) -> tuple[torch.Te
 
 @torch.library.custom_op("recipe::head_loss_fp8", mutates_args=())
 def _head_loss_fp8(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses [tokens]; their sum's gradient by the logits times FP8_GRADIENT_SCALE in e5m2, [tokens, padded vocabulary] and
-    transposed; and the weight in e4m3, [width, padded vocabulary], with its scale."""
+    """Losses [tokens]; their sum's gradient, z-loss included, by the logits times FP8_GRADIENT_SCALE in e5m2, [tokens, padded
+    vocabulary] and transposed; and the weight in e4m3, [width, padded vocabulary], with its scale."""
     from recipe.loss_kernel import fp8_gradient_kernel
 
     hidden8, _, hidden_scale = _quantize(hidden, direct=True, transposed=False)
@@ -147,14 +163,14 @@ def _head_loss_fp8(
     transposed = torch.empty(width, tokens, dtype=torch.float8_e5m2, device=logits.device)
     # Small tiles: 6.7 ms instead of 10.2 with 128 x 128 and 8 warps (H100, 65,536 tokens).
     fp8_gradient_kernel[(-(-width // 64), -(-tokens // 64))](
-        logits, losses, targets, gradient, transposed, tokens, vocab_size, width, SCALE=FP8_GRADIENT_SCALE, ROWS=64,
-        COLUMNS=64, num_warps=2,
+        logits, losses, targets, gradient, transposed, tokens, vocab_size, width, SCALE=FP8_GRADIENT_SCALE, Z_LOSS=z_loss,
+        ROWS=64, COLUMNS=64, num_warps=2,
     )  # fmt: skip
     return losses, gradient, transposed, weight8_across, weight_scale
 
 
 @_head_loss_fp8.register_fake
-def _(hidden, weight, targets, vocab_size):
+def _(hidden, weight, targets, vocab_size, z_loss):
     (tokens, width), vocabulary = hidden.shape, weight.shape[0]
     return (
         hidden.new_empty(tokens, dtype=torch.float32),
@@ -192,7 +208,7 @@ def _differentiate_fp8(ctx, grad_losses, *_):
     hidden, _weight, *saved = ctx.saved_tensors
     scale = grad_losses.unsqueeze(1)
     grad_hidden, grad_weight = torch.ops.recipe.head_gradients_fp8((hidden * scale).to(hidden.dtype), *saved)
-    return (grad_hidden * scale).to(hidden.dtype), grad_weight, None, None
+    return (grad_hidden * scale).to(hidden.dtype), grad_weight, None, None, None
 
 
 _head_loss_fp8.register_autograd(_differentiate_fp8, setup_context=_save)

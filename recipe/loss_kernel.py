@@ -5,9 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
-def cross_entropy_kernel(logits, losses, targets, stride, vocab_size, width, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row: its loss and, in place of its logits, softmax - onehot. Columns from vocab_size to width are padding:
-    outside the softmax, and 0 in the gradient."""
+def cross_entropy_kernel(
+    logits, losses, targets, stride, vocab_size, width, GRADIENT: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program a row: its loss and, in place of its logits, softmax - onehot and, for Z_LOSS * log_sum^2, 2 Z_LOSS log_sum
+    softmax. Columns from vocab_size to width are padding: outside the softmax, and 0 in the gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = tl.load(targets + row)
@@ -33,17 +35,19 @@ def cross_entropy_kernel(logits, losses, targets, stride, vocab_size, width, GRA
                 tl.float32
             )
             probability = tl.exp(x - log_sum)
+            if Z_LOSS > 0:
+                probability *= 1.0 + 2.0 * Z_LOSS * log_sum
             gradient = tl.where(column == target, probability - 1.0, probability)
             tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width, eviction_policy="evict_first")
 
 
 @triton.jit
 def fp8_gradient_kernel(
-    logits, losses, targets, gradient, transposed, tokens, vocab_size, width, SCALE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    logits, losses, targets, gradient, transposed, tokens, vocab_size, width, SCALE: tl.constexpr, Z_LOSS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile: SCALE * (softmax - onehot) of logits [tokens, width], in fp8 (e5m2), and its transpose. fp8 products
-    on Hopper want both factors with the summed dimension contiguous, and the two gradients sum over different ones."""
+    """One program a tile: SCALE times the gradient above, of logits [tokens, width], in fp8 (e5m2), and its transpose. fp8
+    products on Hopper want both factors with the summed dimension contiguous, and the two gradients sum over different ones."""
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = rows < tokens
@@ -55,6 +59,8 @@ def fp8_gradient_kernel(
         other=-float("inf"),
     ).to(tl.float32)  # fmt: skip
     probability = tl.exp(x - log_sum[:, None])
+    if Z_LOSS > 0:
+        probability *= 1.0 + 2.0 * Z_LOSS * log_sum[:, None]
     g = (tl.where(columns[None, :] == target[:, None], probability - 1.0, probability) * SCALE).to(tl.float8e5)
     valid = inside[:, None] & (columns < width)[None, :]
     tl.store(gradient + row_start[:, None] + columns[None, :], g, mask=valid)

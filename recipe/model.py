@@ -60,7 +60,7 @@ def build_model(config: Config, vocab_size: int, end_of_text: int) -> Pretrainin
                 block.mlp.c_proj.weight.zero_()
     if config.activation_checkpointing:
         checkpoint_blocks(gpt2)
-    return PretrainingModel(gpt2, vocab_size)
+    return PretrainingModel(gpt2, vocab_size, config.z_loss)
 
 
 def checkpoint_blocks(gpt2: GPT2LMHeadModel) -> None:
@@ -81,13 +81,13 @@ class PretrainingModel(nn.Module):
     """A GPT2LMHeadModel and its training loss.
 
     The columns that pad the vocabulary take no part in the softmax, so their rows get no gradient and stay zero: the
-    unpadded export is the same function.
+    unpadded export is the same function. `z_loss` shows in the gradients alone (recipe/loss.py).
     """
 
-    def __init__(self, gpt2: GPT2LMHeadModel, vocab_size: int):
+    def __init__(self, gpt2: GPT2LMHeadModel, vocab_size: int, z_loss: float = 0.0):
         super().__init__()
         self.gpt2 = gpt2
-        self.vocab_size = vocab_size
+        self.vocab_size, self.z_loss = vocab_size, z_loss
         self.kernels = Kernels()
 
     def use(self, kernels: Kernels) -> None:
@@ -108,7 +108,8 @@ class PretrainingModel(nn.Module):
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
         weight = self.gpt2.lm_head.weight
-        return head_losses(hidden.flatten(0, 1), weight, targets.flatten(), self.vocab_size, self.kernels.head).view_as(targets)
+        losses = head_losses(hidden.flatten(0, 1), weight, targets.flatten(), self.vocab_size, self.kernels.head, self.z_loss)
+        return losses.view_as(targets)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from recipe.benchmark import open_stream
 from recipe.config import Config
 from recipe.distributed import Distributed, resolve_precision
 from recipe.engine import make_engine
+from recipe.loss import with_z_loss
 from recipe.model import PretrainingModel, build_model
 from recipe.optim.schedule import hyperparameters
 from recipe.plan import Plan
@@ -74,7 +75,8 @@ def _make_plain(model: PretrainingModel) -> None:
 
     def forward(rows: torch.Tensor) -> torch.Tensor:
         logits = model.gpt2(input_ids=rows[:, :-1].contiguous(), use_cache=False).logits[..., : model.vocab_size].float()
-        targets = rows[:, 1:].contiguous()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        logits, targets = logits.flatten(0, 1), rows[:, 1:].contiguous()
+        losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        return with_z_loss(losses, logits, model.z_loss).view_as(targets)
 
     model.forward = forward

@@ -200,7 +200,7 @@ _AT_LEAST = {
     "validation_tokens": 1, "sequence_length": 1, "max_epochs": 1, "data_workers": 0, "n_layer": 1, "n_head": 1,
     "n_embd": 1, "n_positions": 1, "learning_rate": 0, "warmup_steps": 0, "decay_steps": 0, "final_learning_rate": 0,
     "weight_decay": 0, "beta1": 0, "beta2": 0, "epsilon": 0, "max_grad_norm": 0, "muon_learning_rate": 0, "muon_momentum": 0,
-    "embedding_learning_rate": 0,
+    "embedding_learning_rate": 0, "z_loss": 0,
     "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0, "muon_ns_steps": 1, "batch_tokens": 1, "micro_batch_size": 1,
     "max_steps": 1, "max_tokens": 1, "seed": 0, "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "eval_every": 0,
     "hellaswag_every": 0, "hellaswag_items": 1, "sample_every": 0, "evaluate_limit": 1, "keep_every": 0, "watchdog_seconds": 0,

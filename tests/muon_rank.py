@@ -35,11 +35,14 @@ CONFIG = Config(
     warmup_steps=5, schedule="linear", max_grad_norm=0.5, compile=False,
 )  # fmt: skip
 
+_ADAMW = {"embedding_learning_rate": 6e-3, "cautious_weight_decay": True, "weight_decay": 0.01}
+
 VARIANTS = {
     "muon": CONFIG,
-    "adamw": replace(CONFIG, optimizer="adamw", embedding_learning_rate=6e-3, cautious_weight_decay=True),
+    # Decay so weak that an update which rounds to the other side of zero, and lets a weight decay or not, does not show.
+    "adamw": replace(CONFIG, optimizer="adamw", **_ADAMW),
     "candidates": replace(
-        CONFIG, muon_variant="normuon", cautious_weight_decay=True, embedding_learning_rate=6e-3, zero_init_projections=True
+        CONFIG, muon_variant="normuon", muon_weight_decay=0.004, zero_init_projections=True, z_loss=1e-2, **_ADAMW
     ),
 }
 

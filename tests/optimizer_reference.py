@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from launch import ROOT, accelerate_command, environment
 from muon_rank import LONG, STEPS, VOCABULARY, rows_of
@@ -40,11 +41,13 @@ class Reference:
         assert (len(self.blocks), len(tables), len(vectors)) == (4 * config.n_layer, 2, 8 * config.n_layer + 2)
         embedding = config.embedding_learning_rate or config.learning_rate
         groups = [
-            {"params": tables, "weight_decay": 0.1, "peak": embedding},
+            {"params": tables, "weight_decay": config.weight_decay, "peak": embedding},
             {"params": vectors, "weight_decay": 0.0, "peak": config.learning_rate},
         ]
         if config.optimizer == "adamw":
-            groups.append({"params": list(self.blocks.values()), "weight_decay": 0.1, "peak": config.learning_rate})
+            groups.append(
+                {"params": list(self.blocks.values()), "weight_decay": config.weight_decay, "peak": config.learning_rate}
+            )
         self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
         self.momentum: dict[tuple[str, int], torch.Tensor] = {}
         self.moments: dict[tuple[str, int], torch.Tensor] = {}
@@ -54,8 +57,14 @@ class Reference:
         share = (step + 1) / 5 if step < 5 else 1 - (step - 5) / 45
         momentum = 0.85 + 0.1 * min(1, step / 8)
         self.model.zero_grad()
-        loss = self.model(rows_of(step)).mean()
-        loss.backward()
+        rows = rows_of(step)
+        loss = self.model(rows).mean()
+        if self.config.z_loss:
+            logits = self.model.gpt2(input_ids=rows[:, :-1], use_cache=False).logits[..., :VOCABULARY]
+            cross_entropy = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+            (cross_entropy + self.config.z_loss * logits.logsumexp(-1).square().mean()).backward()
+        else:
+            loss.backward()
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in self.model.parameters()))
         for p in self.model.parameters():
             p.grad *= min(1, 0.5 / norm)
@@ -96,7 +105,7 @@ class Reference:
             update = normalized * update.norm() / (normalized.norm() + 1e-10)
         scale = max(1, weight.shape[0] / weight.shape[1]) ** 0.5
         agree = scale * update * weight >= 0 if self.config.cautious_weight_decay else torch.ones_like(weight)
-        weight.copy_(weight - rate * 0.1 * agree * weight - rate * scale * update)
+        weight.copy_(weight - rate * self.config.muon_weight_decay * agree * weight - rate * scale * update)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and state by the names of a checkpoint."""

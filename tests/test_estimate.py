@@ -49,6 +49,10 @@ def test_memory_is_the_sum_of_what_zero_1_keeps(config: Config) -> None:
         "buckets": 0,  # smaller than the activations, which are gone by then
     }
     muon = memory_by_part(replace(config, optimizer="muon"), 8)
+    z_loss = memory_by_part(replace(config, z_loss=1e-4), 8)
+    assert z_loss == memory  # inside the kernel
+    plain, z_loss = (memory_by_part(replace(config, z_loss=z), 8, plain=True)["logits"] for z in (0.0, 1e-4))
+    assert z_loss - plain == 4 * 50_304 * 65_536
     assert memory["moments"] - muon["moments"] == 4 * 84_934_656 // 8  # one moment for the blocks' matrices instead of two
 
 

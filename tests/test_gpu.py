@@ -21,11 +21,12 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
 @pytest.mark.parametrize(
     ("dtype", "head", "loss_bound", "gradient_bound"),
     [(torch.float32, "fused", 1e-5, 1e-4), (torch.bfloat16, "fused", 1e-3, 1e-2), (torch.bfloat16, "fp8", 5e-3, 1e-1)],
 )
-def test_head_agrees_with_fp64(dtype: torch.dtype, head: str, loss_bound: float, gradient_bound: float) -> None:
+def test_head_agrees_with_fp64(dtype: torch.dtype, head: str, loss_bound: float, gradient_bound: float, z_loss: float) -> None:
     from recipe.loss import head_losses
 
     torch.manual_seed(0)
@@ -33,11 +34,13 @@ def test_head_agrees_with_fp64(dtype: torch.dtype, head: str, loss_bound: float,
     weight = (torch.randn(PADDED, WIDTH, device="cuda") * 0.05).to(dtype).requires_grad_()
     targets = torch.randint(0, VOCAB, (TOKENS,), device="cuda")
     scale = torch.rand(TOKENS, device="cuda")
-    losses = head_losses(hidden, weight, targets, VOCAB, head)
+    losses = head_losses(hidden, weight, targets, VOCAB, head, z_loss)
     ours = (losses, *torch.autograd.grad((losses * scale).sum(), (hidden, weight)))
     hidden64, weight64 = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    losses64 = F.cross_entropy((hidden64 @ weight64.T)[:, :VOCAB], targets, reduction="none")
-    theirs = (losses64, *torch.autograd.grad((losses64 * scale).sum(), (hidden64, weight64)))
+    logits64 = (hidden64 @ weight64.T)[:, :VOCAB]
+    losses64 = F.cross_entropy(logits64, targets, reduction="none")
+    trained = losses64 + z_loss * logits64.logsumexp(1).square()
+    theirs = (losses64, *torch.autograd.grad((trained * scale).sum(), (hidden64, weight64)))
     errors = [relative(a, b) for a, b in zip(ours, theirs, strict=True)]
     print(head, dtype, "relative errors of losses, grad of hidden, grad of weight:", *(f"{e:.1e}" for e in errors))
     assert errors[0] < loss_bound and max(errors[1:]) < gradient_bound
@@ -79,14 +82,18 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_path() -> None:
     assert errors["fast"] < 1.1 * errors["plain"] < 2e-2
 
 
-@pytest.fixture
-def engine():
+CANDIDATES = """--cautious_weight_decay true --embedding_learning_rate 1e-3 --zero_init_projections true --z_loss 1e-4
+    --optimizer muon --muon_variant normuon --muon_weight_decay 0.1""".split()
+
+
+@pytest.fixture(params=[[], CANDIDATES], ids=["default", "candidates"])
+def engine(request: pytest.FixtureRequest):
     from recipe.distributed import Distributed
     from recipe.engine import make_engine
     from recipe.model import build_model
 
     words = ["configs/gpt2-124m.yaml", "--n_layer", "2", "--batch_tokens", "32768", "--micro_batch_size", "8"]
-    config, plan = load_run([*words, "--max_steps", "100", "--warmup_steps", "2"], 1)
+    config, plan = load_run([*words, "--max_steps", "100", "--warmup_steps", "2", *request.param], 1)
     return make_engine(build_model(config, VOCAB, 50256), config, plan, Distributed(), "bf16")
 
 
@@ -96,7 +103,7 @@ def test_a_step_neither_syncs_nor_recompiles(engine) -> None:
     rows = torch.randint(0, VOCAB, (32, 1025), device="cuda")
 
     def step() -> None:
-        engine.train_step(rows.split(8), Hyperparameters(1e-4, 1e-4, 0.0, 0.0))
+        engine.train_step(rows.split(8), Hyperparameters(1e-4, 1e-4, 1e-2, 0.95))
 
     step()
     step()
