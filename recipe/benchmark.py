@@ -23,12 +23,14 @@ from recipe.distributed import Distributed, resolve_precision
 from recipe.engine import OPTIMIZER, make_engine
 from recipe.model import build_model
 from recipe.optim.schedule import hyperparameters
+from recipe.overlap import communication, length
 from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.tokenizer import Encoder, load_tokenizer
 
 WARMUP_STEPS = 5
 
 PARTS = {
+    "communication": r"nccl",
     "attention": r"sdpa|flash|fmha|attention|compute_dot_do_o|convert_dq",
     "loss": r"cross_entropy|fp8_gradient|fp8_quantize|nll_loss|softmax",
     "matrix products": r"nvjet|gemm|cutlass|cublas|splitK",
@@ -104,7 +106,8 @@ def benchmark_training(config: Config, plan: Plan, distributed: Distributed, ste
     Returns:
         medians after WARMUP_STEPS, of this rank: tokens_per_second (of all ranks), step_ms, data_ms; first_step_seconds,
         compilation included; mfu and mfu_full_attention (12LCT), None on a device without a known peak; peak_memory_bytes;
-        `parts`, the ms of the profiled step by part, and `kernels`, its longest kernels as [ms, calls, name].
+        `parts`, the ms of the profiled step by part, and `kernels`, its longest kernels as [ms, calls, name], None without a
+        GPU; `communication` of that step (recipe/overlap.py) by rank.
     """
     precision = resolve_precision(config.precision, distributed.cuda)
     with open_stream(config, distributed) as (stream, encoder):
@@ -140,7 +143,8 @@ def benchmark_training(config: Config, plan: Plan, distributed: Distributed, ste
             marks.append(clock.now())
         times = [clock.seconds(a, b) * 1000 for a, b in zip(marks, marks[1:], strict=False)]
         data_ms = statistics.median(waits)
-        parts, kernels = _profile(lambda: step(WARMUP_STEPS + steps), distributed.cuda)
+        parts, kernels, exchange = _profile(lambda: step(WARMUP_STEPS + steps), distributed.cuda)
+        exchanges = distributed.gather(exchange)
     step_ms = statistics.median(times)
     tokens = plan.tokens_per_step if whole else config.micro_batch_size * config.sequence_length * distributed.num_ranks
     speed = tokens / step_ms * 1000
@@ -164,6 +168,7 @@ def benchmark_training(config: Config, plan: Plan, distributed: Distributed, ste
         "kernels_used": str(model.kernels),
         "parts": parts,
         "kernels": kernels,
+        "communication": exchanges,
     }
 
 
@@ -187,36 +192,45 @@ class _Clock:
         return start.elapsed_time(end) / 1000
 
 
-def _profile(step: Callable[[], None], cuda: bool) -> tuple[dict[str, float] | None, list[tuple[float, int, str]] | None]:
-    """The device's ms of a step by part, idle included, and by kernel; None without a GPU."""
-    if not cuda:
-        return None, None
+def _profile(
+    step: Callable[[], None], cuda: bool
+) -> tuple[dict[str, float] | None, list[tuple[float, int, str]] | None, dict[str, Any]]:
+    """The device's ms of a step by part, idle included, and by kernel, both None without a GPU; and its communication."""
     from torch.profiler import ProfilerActivity, profile
 
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    if cuda:
         torch.cuda.synchronize()
+    with profile(activities=activities) as profiler:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    if not cuda:
+        # gloo works in threads of its own; what torch runs there is part of the collective.
+        gloo = {e.thread for e in profiler.events() if e.name.startswith("gloo:")}
+        at_work = [e for e in profiler.events() if e.name.startswith("gloo:" if e.thread in gloo else "aten::")]
+        return None, None, communication((e.time_range.start, e.time_range.end, e.name) for e in at_work)
     on_device = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     # The optimizer's range spans its kernels on the device's clock.
     ranges = [(e.time_range.start, e.time_range.end) for e in on_device if e.name == OPTIMIZER]
+    # Other ranges, such as the one that NCCL's work has, would count their kernels twice.
     events = sorted(
-        ((e.time_range.start, e.time_range.end, e.name) for e in on_device if e.name != OPTIMIZER), key=lambda e: e[0]
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in on_device
+        if e.name != OPTIMIZER and not e.is_user_annotation and not e.name.startswith("nccl:")
     )
     parts: dict[str, float] = {"optimizer": 0.0, **dict.fromkeys(PARTS, 0.0)}
     kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-    busy, done = 0.0, events[0][0]
     for start, end, name in events:
         ms = (end - start) / 1000
-        inside = any(first <= start < last for first, last in ranges)
-        parts["optimizer" if inside else next(part for part, names in PARTS.items() if re.search(names, name))] += ms
+        part = next(part for part, names in PARTS.items() if re.search(names, name))
+        inside = part != "communication" and any(first <= start < last for first, last in ranges)
+        parts["optimizer" if inside else part] += ms
         kernels[name][0] += ms
         kernels[name][1] += 1
-        busy += max(0.0, end - max(start, done)) / 1000
-        done = max(done, end)
-    parts["idle"] = (done - events[0][0]) / 1000 - busy
+    parts["idle"] = (max(end for _, end, _ in events) - events[0][0] - length(e[:2] for e in events)) / 1000
     longest = sorted(((ms, int(calls), name) for name, (ms, calls) in kernels.items()), reverse=True)
-    return parts, longest[:40]
+    return parts, longest[:40], communication(events)
 
 
 def _resident_bytes() -> int:

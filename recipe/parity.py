@@ -1,4 +1,4 @@
-"""Whether the fast path trains as the plain one does: losses of both, step by step, on the same rows."""
+"""Whether two ways train alike: losses step by step, on the same rows, of the fast and the plain path, or of one launch."""
 
 from __future__ import annotations
 
@@ -67,6 +67,25 @@ def compare_paths(config: Config, plan: Plan, distributed: Distributed, steps: i
             for name, d in differences.items()
         },
     }  # fmt: skip
+
+
+def training_losses(config: Config, plan: Plan, distributed: Distributed, steps: int) -> dict[str, Any]:
+    """Train `steps` steps of the run.
+
+    Returns:
+        losses, the mean of all ranks' for each step; engine, precision, micro_batch_size.
+    """
+    precision = resolve_precision(config.precision, distributed.cuda)
+    with open_stream(config, distributed) as (stream, encoder):
+        model = build_model(config, encoder.vocab_size, encoder.end_of_text)
+        engine = make_engine(model, config, plan, distributed, precision)
+        losses = []
+        for step in range(steps):
+            rows = distributed.to_device(stream.next_batch(plan.rows_at(step)))
+            losses.append(engine.train_step(rows.split(config.micro_batch_size), hyperparameters(step, config, plan)).loss)
+        losses = distributed.mean(torch.stack(losses)).tolist()
+    about = {"engine": type(engine).__name__, "precision": precision, "micro_batch_size": config.micro_batch_size}
+    return about | {"losses": losses}
 
 
 def _make_plain(model: PretrainingModel) -> None:

@@ -4,12 +4,14 @@
     python scripts/benchmark.py model  configs/gpt2-124m.yaml [--field value ...] [--steps 50] [--json]
     accelerate launch --config_file configs/accelerate/1gpu.yaml \
         scripts/benchmark.py step configs/gpt2-124m.yaml [--field value ...] [--steps 100] [--json]
+    accelerate launch ... scripts/benchmark.py losses configs/gpt2-124m.yaml --batch_tokens 65536 [--steps 200] [--json]
     python scripts/benchmark.py parity configs/gpt2-124m.yaml --batch_tokens 16384 --micro_batch_size 16 [--steps 300] [--json]
 
 loader: tokens/s from the text (raw or prepared) to finished rows, as one rank, and the time to the first batch.
 model:  forward and backward of one micro-batch, and a profile of it.
 step:   whole optimizer steps, data included, under the engine of the accelerate file, and a profile of one.
 parity: losses of the fast path against those of transformers' own attention and loss, on the same rows.
+losses: training losses of --steps steps by this engine and number of ranks, to be compared with another's (scripts/scaling.py).
 """
 
 import json
@@ -33,11 +35,14 @@ def take_option(words: list[str], name: str, default: str) -> str:
 
 def print_table(result: dict) -> None:
     """The figures a line each, then where the device's time goes."""
-    parts, kernels, paths = (result.pop(name, None) for name in ("parts", "kernels", "paths"))
+    parts, kernels, paths, exchanges = (result.pop(name, None) for name in ("parts", "kernels", "paths", "communication"))
     for name, value in result.items():
         print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {'n/a' if value is None else value}")
     for name, difference in (paths or {}).items():
         print(f"{name}: " + ", ".join(f"{key} {value:.5g}" for key, value in difference.items()))
+    for rank, exchange in enumerate(exchanges or []):
+        every = exchange["all"]
+        print(f"rank {rank}: communication {every['ms']:.2f} ms, of which {every['exposed_ms']:.2f} with nothing computed")
     if parts:
         total = sum(parts.values())
         print("\npart                         ms   share")
@@ -50,7 +55,7 @@ def print_table(result: dict) -> None:
 
 def main(words: list[str]) -> int:
     kind = words[0] if words else ""
-    if kind not in ("loader", "model", "step", "parity") or {"-h", "--help"} & set(words):
+    if kind not in ("loader", "model", "step", "losses", "parity") or {"-h", "--help"} & set(words):
         print(__doc__.strip())
         return 0 if {"-h", "--help"} & set(words) else 2
     words = words[1:]
@@ -62,7 +67,7 @@ def main(words: list[str]) -> int:
     from recipe.config import ConfigError
     from recipe.data.corpus import DataError
     from recipe.distributed import Distributed
-    from recipe.parity import compare_paths
+    from recipe.parity import compare_paths, training_losses
     from recipe.plan import load_run
 
     try:
@@ -75,6 +80,8 @@ def main(words: list[str]) -> int:
             main_rank = distributed.is_main
             if kind == "parity":
                 result = compare_paths(config, plan, distributed, steps)
+            elif kind == "losses":
+                result = training_losses(config, plan, distributed, steps)
             else:
                 result = benchmark_training(config, plan, distributed, steps, whole=kind == "step")
             distributed.close()
