@@ -79,6 +79,10 @@ GPUS = {
 MEASURED = {("H100-80GB", 12, 768): 544_000}
 """Tokens/s of one GPU through pretrain.py under ZeRO-1, by GPU, n_layer and n_embd (docs/results.md)."""
 
+MEASURED_SCALING: dict[tuple[str, int, int, int], float] = {}
+"""Scaling efficiency under ZeRO-1, tokens/s over as many times one GPU's, by GPU, n_layer, n_embd and GPUs, of steps of 524,288
+tokens, by scripts/scaling.py (docs/results.md). None has been measured yet: recipe/scaling.py computes them."""
+
 SIZES = {"124M": (12, 12, 768), "350M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
 """n_layer, n_head and n_embd of GPT-2's sizes (Radford et al. 2019)."""
 
@@ -203,11 +207,14 @@ def _memory(config: Config, machine: Machine, vocab_size: int) -> dict[str, int]
 def tokens_per_second(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> tuple[float, bool]:
     """Tokens/s of the machine, and whether that was measured, on this very machine.
 
-    By recipe/scaling.py; with the micro batch of the config, or one row.
+    By recipe/scaling.py where the efficiency of so many GPUs was not; with the micro batch of the config, or one row.
     """
-    from recipe.scaling import gpu_speed, step_time  # which takes the GPUs from here
+    from recipe.scaling import MEASURED_STEP, gpu_speed, step_time  # which takes the GPUs from here
 
-    _, measured = gpu_speed(config, machine, vocab_size)
+    one, measured = gpu_speed(config, machine, vocab_size)
+    efficiency = MEASURED_SCALING.get((machine.gpu_name, config.n_layer, config.n_embd, machine.gpus))
+    if measured and efficiency and config.batch_tokens == MEASURED_STEP and not config.activation_checkpointing:
+        return machine.gpus * one * efficiency, True
     return config.batch_tokens / step_time(config, machine, vocab_size).total, measured and machine.gpus == 1
 
 

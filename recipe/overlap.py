@@ -1,4 +1,4 @@
-"""Communication in the profile of a step: how long each kind of collective takes, and for how much of that nothing else runs."""
+"""Communication in the profile of a step: how long each kind of collective takes, and how much of that nothing else covers."""
 
 from __future__ import annotations
 
