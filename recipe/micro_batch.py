@@ -104,9 +104,18 @@ def resolve(config: Config, ranks: int, card: Card | None) -> Config:
     return replace(settled, micro_batch_size=found.micro_batch_size, activation_checkpointing=found.activation_checkpointing)
 
 
+def count_gpus() -> int:
+    """That this process may use. Loads torch only where there may be one, and makes no context on any."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidiactl")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def find_card() -> Card | None:
     """The smallest GPU that this process may use; None without one. Loads torch only where there is one."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidiactl")):
+    if not count_gpus():
         return None
     import torch
 

@@ -30,7 +30,7 @@ class Communication:
 
     @property
     def overlapped_ms(self) -> float:
-        return self.ms - self.exposed_ms
+        return max(0.0, self.ms - self.exposed_ms)
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -54,7 +54,7 @@ def uncovered(intervals: Iterable[Interval], cover: Iterable[Interval]) -> float
     inside = union(intervals)
     # |A without B| = |A or B| - |B|
     cover = union(cover)
-    return length([*inside, *cover]) - length(cover)
+    return max(0.0, length([*inside, *cover]) - length(cover))
 
 
 def kind_of(name: str) -> str | None:

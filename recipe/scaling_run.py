@@ -22,7 +22,7 @@ from recipe.launches import Launch, LaunchError, accelerate_command
 from recipe.parsing import load_config
 from recipe.plan import make_plan
 
-STAGES = {"speed": 270, "profile": 120, "losses": 180, "topology": 180, "kill": 90}
+STAGES = {"speed": 300, "profile": 120, "losses": 180, "topology": 180, "kill": 90}
 """Seconds that each may take, unless told otherwise."""
 ENGINES = ("ZeRO-1", "DDP")
 TOLERANCE = 5e-3
@@ -50,7 +50,7 @@ class ScalingRun:
     """For logs and run folders."""
     gpus: int
     """Of this host; 0: CPU processes over gloo."""
-    speed_steps: int = 15
+    speed_steps: int = 12
     """Timed steps on one rank; N ranks take N times as many, so that cards are as warm."""
     losses_steps: int = 200
     topology_steps: int = 60
@@ -134,9 +134,11 @@ class ScalingRun:
 
     def losses(self, deadline: float) -> dict[str, Any]:
         """Training losses of one rank and of the most, on the same rows."""
+        if self.most < 2:
+            raise Unfit("it takes two ranks to compare with one")
         curves: dict[tuple[str, int], dict[str, Any]] = {}
         errors = []
-        for ranks in sorted({1, self.most}):
+        for ranks in (1, self.most):
             jobs = [((config, ranks), self._losses_command(config, ranks)) for config in self.configs]
             done, failed = self._launch_all("losses", jobs, ranks, deadline)
             curves |= done

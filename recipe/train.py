@@ -108,7 +108,8 @@ class Run:
         self.console.say(line)
 
     def _fail(self, reason: str, rank: int) -> None:
-        if self.folder.config.is_file():
+        # A rank that has failed by itself has said more.
+        if self.folder.config.is_file() and not (rank != self.distributed.rank and self.folder.has_ended()):
             self.folder.status("failed", 1, self.step, self.plan.tokens_after(self.step), reason, rank)
 
     def _explain(self, error: Exception) -> None:

@@ -25,6 +25,10 @@ from recipe.distributed import Distributed
 UNLIMITED = frozenset({"set-up", "first step", "evaluate", "sample"})
 """Phases that may take as long as they need: a download, the compiler, an evaluation harness. A rank that is frozen or dead is
 noticed in them nonetheless."""
+KILLED_S = 10
+"""Seconds of silence after which a rank of this host whose process is gone has been killed. By then its end has reached the
+others through their collectives, but for those that wait for their GPU, whose kernels wait for it in vain: NCCL does not tell
+them, and launchers kill them half a minute later."""
 
 
 @dataclass
@@ -97,6 +101,8 @@ class Watchdog:
         with contextlib.suppress(OSError):  # wake the thread, which else waits for the next beat
             self._socket.sendto(b"", ("127.0.0.1", self._socket.getsockname()[1]))
         self._thread.join()
+        self.enter("done", self.step)
+        self._send()  # so that the others do not take the end of this process amiss
         self._socket.close()
 
     def _watch(self) -> None:
@@ -138,7 +144,7 @@ class Watchdog:
         now = time.monotonic()
         everyone = {**self.beats, self.distributed.rank: self._own()}
         # A rank that is silent is noticed before those that wait for it seem stuck.
-        silent = [rank for rank, beat in everyone.items() if now - beat.heard > 0.75 * self.limit]
+        silent = [rank for rank, beat in everyone.items() if now - beat.heard > 0.75 * self.limit or self._was_killed(beat)]
         stuck = [rank for rank, beat in everyone.items() if self._is_stuck(beat, self.limit) and rank not in silent]
         if not silent and not stuck:
             return
@@ -171,6 +177,12 @@ class Watchdog:
 
     def _is_stuck(self, beat: Beat, limit: float) -> bool:
         return beat.writing > limit or (beat.seconds > limit and beat.phase not in UNLIMITED)
+
+    def _was_killed(self, beat: Beat) -> bool:
+        # A save that is under way may still come to its end. Before the training a rank may have been told to stop.
+        if self.writing_since or beat.phase in ("set-up", "done") or time.monotonic() - beat.heard < KILLED_S:
+            return False
+        return beat.host == self._host and has_ended(beat.pid)
 
     def _describe(self, rank: int) -> str:
         beat = self._own() if rank == self.distributed.rank else self.beats[rank]

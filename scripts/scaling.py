@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
 from recipe.config import ConfigError
 from recipe.files import write_json, write_text
-from recipe.micro_batch import find_card
+from recipe.micro_batch import count_gpus
 from recipe.scaling_run import STAGES, ScalingRun, run_stages
 from recipe.scaling_table import markdown
 
@@ -79,14 +79,6 @@ def parse_fields(words: list[str]) -> tuple[list[str], dict[str, str]]:
     return configs, fields
 
 
-def count_gpus(cpu: bool) -> int:
-    if cpu or find_card() is None:
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def describe(gpus: int, run: ScalingRun) -> dict:
     """About the machine and this measurement, but for what only the stages know."""
     packages = ("torch", "accelerate", "deepspeed", "transformers")
@@ -112,7 +104,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--processes", default=None, help="8, or 2,4,8; all GPUs if left out, two on a CPU")
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--time_limit", type=float, default=570, help="seconds for all of them")
-    parser.add_argument("--speed_steps", type=int, default=15, help="timed steps on one rank; N ranks take N times as many")
+    parser.add_argument("--speed_steps", type=int, default=12, help="timed steps on one rank; N ranks take N times as many")
     parser.add_argument("--losses_steps", type=int, default=200)
     parser.add_argument("--topology_steps", type=int, default=60)
     parser.add_argument("--kill_steps", type=int, default=10, help="steps before a rank is killed")
@@ -124,7 +116,7 @@ def main(words: list[str]) -> int:
     # Launches are ended on the way out, also when this process is told to stop.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        gpus = count_gpus(arguments.cpu)
+        gpus = 0 if arguments.cpu else count_gpus()
         counts = parse_counts(arguments.processes or str(gpus or 2), gpus)
         stages = parse_stages(arguments.stages)
         configs, fields = parse_fields(rest)

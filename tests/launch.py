@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from recipe.launches import descendants
+
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN = str(ROOT / "scripts" / "pretrain.py")
 
@@ -46,22 +48,9 @@ def launch(accelerate_file: str, *arguments: str, timeout: float = 240) -> subpr
     return done
 
 
-def worker_pids(launcher: int) -> list[int]:
-    """The processes that a launcher has started; they are in sessions of their own, so that killing its group spares them."""
-    children = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, parent = int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue  # it ended while we looked
-        if parent == launcher:
-            children += [pid, *worker_pids(pid)]
-    return children
-
-
 def kill_all(process: subprocess.Popen) -> None:
     """SIGKILL to the workers and their launcher, and wait until they are gone."""
-    pids = worker_pids(process.pid)
+    pids = descendants(process.pid)
     assert pids, "the launcher has no workers"
     for pid in [*pids, process.pid]:
         os.kill(pid, signal.SIGKILL)

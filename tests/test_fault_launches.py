@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from conftest import make_documents
-from launch import ROOT, TINY, accelerate_command, environment, kill_all, launch, losses, options, worker_pids
+from launch import ROOT, TINY, accelerate_command, environment, kill_all, launch, losses, options
 from recipe.checkpoint import find_newest
 from recipe.files import sha256
+from recipe.launches import descendants
 from recipe.tokenizer import train_tokenizer
 
 pytestmark = [pytest.mark.faults]
@@ -72,7 +73,7 @@ def saved(run: Path, step: int):
 def ranks_of(launcher: int) -> list[int]:
     """The workers proper: the processes that run scripts/pretrain.py and no launcher."""
     found = []
-    for pid in worker_pids(launcher):
+    for pid in descendants(launcher):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:

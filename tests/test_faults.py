@@ -19,6 +19,7 @@ from fault_jobs import STEPS, Job, checkpoint_path, hashes, status
 from launch import losses, metrics
 from recipe.checkpoint import CheckpointError, find_newest, verify
 from recipe.tokenizer import train_tokenizer
+from recipe.watchdog import KILLED_S
 
 pytestmark = pytest.mark.faults
 both_engines = pytest.mark.parametrize("engine", ["zero1", "ddp"])
@@ -447,6 +448,21 @@ def test_the_watchdog(
     assert named in told["reason"] and last in told["reason"], told
     assert named in job.output()
     assert_one_valid(folder)
+
+
+@both_engines
+def test_a_rank_is_killed_while_the_others_hear_of_nothing(bench: Bench, engine: str, tmp_path: Path) -> None:
+    """As those do that wait for their GPU, which waits for the rank."""
+    folder = tmp_path / "run"
+    at = {"place": "micro-step", "call": 18}
+    job = bench.job(folder, engine, faults=[(1, "send", at | {"number": KILL}), (0, "sleep", at | {"seconds": 120})])
+    job.wait_for(lambda: job.fired(0) and job.fired(1))
+    began = time.monotonic()
+    assert job.wait(30) == [1, -KILL]
+    assert time.monotonic() - began < KILLED_S + 6
+    told = status(folder)
+    assert (told["state"], told["rank"]) == ("failed", 1) and "lost rank 1" in told["reason"], told
+    assert "its process was killed" in told["reason"]
 
 
 @pytest.mark.promise(

@@ -124,7 +124,7 @@ def test_a_stage_that_fails_does_not_stop_the_others() -> None:
     late = run_stages(Stages(), {"losses": 3}, 0.5, lambda _: None)
     assert late["losses"]["state"] == "not run"
     one = ScalingRun([CONFIG], {}, (1,), Path("nowhere"), 0)
-    alone = run_stages(one, {"topology": 5, "kill": 5}, 60, lambda _: None)
+    alone = run_stages(one, {"losses": 5, "topology": 5, "kill": 5}, 60, lambda _: None)
     assert {result["state"] for result in alone.values()} == {"not run"}
     about = {
         "command": "python scripts/scaling.py", "device": "CPU", "host_gpus": 0, "versions": {"torch": "2"},
