@@ -180,7 +180,7 @@ class Watchdog:
 
     def _was_killed(self, beat: Beat) -> bool:
         # A save that is under way may still come to its end. Before the training a rank may have been told to stop.
-        if self.writing_since or beat.phase in ("set-up", "done") or time.monotonic() - beat.heard < KILLED_S:
+        if self.writing_since or self.phase == "set-up" or beat.phase == "done" or time.monotonic() - beat.heard < KILLED_S:
             return False
         return beat.host == self._host and has_ended(beat.pid)
 

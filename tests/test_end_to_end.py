@@ -27,9 +27,9 @@ from launch import (
     losses,
     metrics,
     options,
-    worker_pids,
 )
 from recipe.files import sha256
+from recipe.launches import descendants
 
 STEPS, SAVE_EVERY = 24, 6
 
@@ -176,7 +176,7 @@ def test_workers_of_a_killed_launcher_save_and_stop(tmp_path: Path, fineweb_fold
     wait_for((folder / "checkpoints" / "step-00000005" / "MANIFEST.json").is_file, process, "checkpoint at step 5")
     # A pipe that nobody reads would be full before the second run below is refused, and the workers would wait for it.
     threading.Thread(target=process.stdout.read, daemon=True).start()
-    workers = worker_pids(process.pid)
+    workers = descendants(process.pid)
     assert len(workers) >= 2
     # A second run in the same folder has to wait and is refused.
     busy = subprocess.Popen(
