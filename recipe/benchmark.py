@@ -219,18 +219,30 @@ def _profile(
         for e in on_device
         if e.name != OPTIMIZER and not e.is_user_annotation and not e.name.startswith("nccl:")
     )
+    return *divide(events, ranges), communication(events)
+
+
+def divide(
+    events: list[tuple[float, float, str]], optimizer: list[tuple[float, float]]
+) -> tuple[dict[str, float], list[tuple[float, int, str]]]:
+    """The ms of a step by part, idle included, and by kernel, the longest first.
+
+    Args:
+        events: start and end in microseconds and name of each kernel and copy, by their starts.
+        optimizer: when the optimizer runs; its communication counts as communication.
+    """
     parts: dict[str, float] = {"optimizer": 0.0, **dict.fromkeys(PARTS, 0.0)}
     kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for start, end, name in events:
         ms = (end - start) / 1000
         part = next(part for part, names in PARTS.items() if re.search(names, name))
-        inside = part != "communication" and any(first <= start < last for first, last in ranges)
+        inside = part != "communication" and any(first <= start < last for first, last in optimizer)
         parts["optimizer" if inside else part] += ms
         kernels[name][0] += ms
         kernels[name][1] += 1
     parts["idle"] = (max(end for _, end, _ in events) - events[0][0] - length(e[:2] for e in events)) / 1000
     longest = sorted(((ms, int(calls), name) for name, (ms, calls) in kernels.items()), reverse=True)
-    return parts, longest[:40], communication(events)
+    return parts, longest[:40]
 
 
 def _resident_bytes() -> int:

@@ -134,4 +134,5 @@ class Launch:
         """The last lines of the output but for the launcher's traceback, in one line."""
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         telling = [line for line in lines if re.match(r"rank \d|cause:|remedy:|.*(problem|Error)", line)]
-        return f"{self.log}: " + " | ".join((telling or lines)[-count:])
+        told = [line[:200] for line in (telling or lines)[-count:] if not line.startswith("{")]
+        return " | ".join([self.log.name, *told])

@@ -248,6 +248,9 @@ class ScalingRun:
         at_once = len(cards) if ranks == 1 and self.gpus else 1
         done, errors = {}, []
         for begin in range(0, len(jobs), at_once):
+            if time.monotonic() > deadline:
+                errors.append(f"{name} on {ranks} ranks: no time was left for {len(jobs) - begin} of {len(jobs)} launches")
+                break
             with ExitStack() as stack:
                 launches = []
                 for number, (key, command) in enumerate(jobs[begin : begin + at_once]):

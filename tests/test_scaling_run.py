@@ -15,6 +15,7 @@ import pytest
 
 from conftest import make_documents
 from launch import ROOT, TINY, environment, options
+from recipe.benchmark import divide
 from recipe.estimate import MEASURED_SCALING, parse_machine, tokens_per_second
 from recipe.launches import Launch, LaunchError, descendants
 from recipe.overlap import communication, kind_of, length, uncovered, union
@@ -73,6 +74,17 @@ def test_what_of_the_communication_is_exposed() -> None:
     assert "reduce-scatter" not in found
     alone = communication([(0, 10, "gemm")])
     assert alone["all"] == {"calls": 0, "ms": 0, "exposed_ms": 0, "overlapped_ms": 0}
+
+
+def test_a_step_is_divided_into_its_parts() -> None:
+    events = [
+        (0, 1000, "nvjet_tst_128x256"), (800, 1400, "ncclDevKernel_AllReduce_Sum_f32_RING_LL"), (1500, 1900, "adamw"),
+        (1900, 2200, "ncclDevKernel_AllGather_RING_LL"), (2300, 2400, "nvjet_tst_128x256"),
+    ]  # fmt: skip
+    parts, kernels = divide(events, [(1400, 2250)])
+    expected = {"matrix products": 1.1, "communication": 0.9, "optimizer": 0.4, "idle": 0.2}
+    assert {part: ms for part, ms in parts.items() if ms} == pytest.approx(expected)
+    assert kernels[0] == (pytest.approx(1.1), 2, "nvjet_tst_128x256") and len(kernels) == 4
 
 
 # --- results --------------------------------------------------------------------------------------------------------
