@@ -8,6 +8,7 @@ bin=${VENV:-.venv}/bin
 if [ $# -eq 0 ]; then
   "$bin/ruff" check .
   "$bin/ruff" format --check .
-  set -- -m "not faults and not slow"
+  # Two at a time; a file's tests stay together, for they share what is expensive to make.
+  set -- -m "not faults and not slow" -n 2 --dist loadfile
 fi
 exec "$bin/python" -m pytest "$@"

@@ -219,7 +219,7 @@ def test_the_wait_that_the_server_asks_for(hub: HubServer, status: int, header: 
     assert 1 <= answered.started_s - refused.started_s < 2.5
 
 
-@pytest.mark.parametrize("value", ["60", formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("value", ["60", formatdate(time.time() + 3600, usegmt=True)], ids=["seconds", "date"])
 def test_a_wait_beyond_the_budget_is_not_begun(hub: HubServer, value: str) -> None:
     hub.fault = first(1, Fault(status=429, headers={"Retry-After": value}))
     message = failure(open_remote(hub.endpoint, budget_s=30), 0)
