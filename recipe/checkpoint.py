@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,9 +186,16 @@ def find_newest(folder: Path, at_most: int | None = None) -> tuple[Checkpoint | 
     return None, skipped
 
 
-def rotate(folder: Path, keep: int, just_saved: Path | None = None, keep_every: int = 0, keep_best: bool = False) -> list[str]:
-    """Delete committed checkpoints but the newest `keep`, those at a multiple of `keep_every` steps, with `keep_best` the one
-    with the lowest validation loss, and the one just saved. What is not a checkpoint stays. If none of those to be kept is
+def rotate(
+    folder: Path,
+    keep: int,
+    just_saved: Path | None = None,
+    keep_every: int = 0,
+    keep_best: bool = False,
+    keep_steps: Collection[int] = (),
+) -> list[str]:
+    """Delete committed checkpoints but the newest `keep`, those at a multiple of `keep_every` steps and at `keep_steps`, with
+    `keep_best` the one with the lowest validation loss, and the one just saved. What is not a checkpoint stays. If none of those to be kept is
     whole, nothing is deleted.
 
     Returns:
@@ -197,6 +205,7 @@ def rotate(folder: Path, keep: int, just_saved: Path | None = None, keep_every: 
     kept = set(committed[-keep:])
     if keep_every:
         kept |= {p for p in committed if _step(p) % keep_every == 0}
+    kept |= {p for p in committed if _step(p) in keep_steps}
     if keep_best:
         losses = {p: loss for p in committed if (loss := _validation_loss(p)) is not None}
         kept |= {min(losses, key=losses.get)} if losses else set()

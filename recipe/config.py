@@ -182,6 +182,11 @@ class TrainingConfig:
     """Checkpoints whose step is a multiple of this (a multiple of save_every) are never deleted; 0: no others are kept."""
     keep_best: bool = True
     """Keep the checkpoint with the lowest validation loss as well (of those saved at a step with one)."""
+    save_at: str | None = None
+    """Steps at which to save as well, as in `229,458`; these checkpoints are never deleted. Runs of other lengths can branch off
+    them, see schedule."""
+    keep_model: bool = True
+    """false: neither save, sample nor export at the end, for trials of which only metrics.jsonl is wanted."""
     log_every: int = 10
     """Steps between progress lines. metrics.jsonl has every step regardless."""
 
@@ -273,7 +278,7 @@ NOT_PART_OF_THE_RUN = frozenset(
     "sample_every evaluate_tasks evaluate_data evaluate_limit accept_other_data skip_rows data_workers micro_batch_size "
     "activation_checkpointing compile kernels max_epochs keep_every keep_best max_hours watchdog_seconds on_nonfinite "
     "spike_action spike_threshold spike_window report_to price_per_hour export_dtype push_to_hub push_every push_state "
-    "push_patience hub_private hub_into_existing".split()
+    "push_patience hub_private hub_into_existing save_at keep_model".split()
 )
 """Fields that may differ between a run and its continuation: they change neither the data nor the arithmetic's meaning."""
 
@@ -326,6 +331,18 @@ def parse_batch_ramp(text: str | None) -> tuple[tuple[int, int], ...]:
         if min(ramp[-1]) < 1:
             raise ValueError(stage)
     return tuple(ramp)
+
+
+def parse_steps(text: str | None) -> tuple[int, ...]:
+    """`229,458` as (229, 458).
+
+    Raises:
+        ValueError: for anything else, and for numbers below 1.
+    """
+    steps = tuple(int(part) for part in text.split(",")) if text else ()
+    if min(steps, default=1) < 1:
+        raise ValueError(text)
+    return steps
 
 
 def config_hash(config: Config) -> str:

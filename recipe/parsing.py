@@ -15,7 +15,17 @@ from pathlib import Path
 
 import yaml
 
-from recipe.config import HUB_REPO, HUB_TOKEN, Config, ConfigError, config_fields, field_docs, parse_batch_ramp, parse_ranges
+from recipe.config import (
+    HUB_REPO,
+    HUB_TOKEN,
+    Config,
+    ConfigError,
+    config_fields,
+    field_docs,
+    parse_batch_ramp,
+    parse_ranges,
+    parse_steps,
+)
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -232,6 +242,10 @@ def _range_problems(config: Config) -> list[str]:
         parse_ranges(config.skip_rows)
     except ValueError:
         problems.append(f"skip_rows: {config.skip_rows!r} is not a list of ranges; write it as 1200-1263,5000")
+    try:
+        parse_steps(config.save_at)
+    except ValueError:
+        problems.append(f"save_at: {config.save_at!r} is not a list of steps; write it as 229,458")
     try:
         parse_batch_ramp(config.batch_ramp)
     except ValueError:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from recipe import checkpoint
-from recipe.config import Config, ConfigError
+from recipe.config import Config, ConfigError, parse_steps
 from recipe.distributed import Distributed
 from recipe.engine import Engine
 from recipe.plan import Plan, count_parameters
@@ -92,7 +92,12 @@ class Saver:
             saved = checkpoint.save(self.folder, full_state, state, step, about, rng)
             config = self.config
             result["failures"] = checkpoint.rotate(
-                self.folder, config.keep_checkpoints, saved.path, config.keep_every, config.keep_best
+                self.folder,
+                config.keep_checkpoints,
+                saved.path,
+                config.keep_every,
+                config.keep_best,
+                parse_steps(config.save_at),
             )
             result["path"] = saved.path
             result["save_bytes"] = sum(path.stat().st_size for path in saved.path.iterdir())
@@ -119,8 +124,9 @@ def check_disk(folder: Path, config: Config, plan: Plan, vocab_size: int) -> Non
     parameters = count_parameters(config, vocab_size)
     size = 4 * parameters * 3  # masters and two moments, fp32; Muon has less
     there = checkpoint.committed_steps(folder)
-    saves = plan.max_steps // config.save_every + 1 if config.save_every else 1
-    kept = config.keep_checkpoints + 1 + config.keep_best  # a new one is whole before an old one goes
+    kept_for_good = len(parse_steps(config.save_at))
+    saves = kept_for_good + (plan.max_steps // config.save_every + 1 if config.save_every else 1)
+    kept = kept_for_good + config.keep_checkpoints + 1 + config.keep_best  # a new one is whole before an old one goes
     kept += plan.max_steps // config.keep_every if config.keep_every else 0
     missing = max(1, min(saves, kept) - len(there))
     needed = missing * size + 4 * parameters + LEAST_FREE

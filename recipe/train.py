@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from recipe import checkpoint
-from recipe.config import Config, ConfigError, config_hash, parse_ranges
+from recipe.config import Config, ConfigError, config_hash, parse_ranges, parse_steps
 from recipe.data.stream import RowStream
 from recipe.distributed import COLLECTIVE_TIMEOUT, Distributed, resolve_precision
 from recipe.engine import Engine, make_engine
@@ -97,7 +97,7 @@ class Run:
         self.distributed.close()
         if stopped_by is None:
             self.signals.nothing_to_save()
-            if main:
+            if main and self.config.keep_model:
                 finish_run(self.folder, self.config, print)
                 if self._push:
                     self._push.finish(self.step)
@@ -264,7 +264,8 @@ class Run:
             "activation_checkpointing": self.config.activation_checkpointing,
             "predicted_memory_gib": self._predicted_memory(),
         }
-        self.folder.claim(self.config, environment | settled | {"text": text})
+        validation = {"validation_sha256": self.inputs.validation_hash}
+        self.folder.claim(self.config, environment | settled | validation | {"text": text})
         record_start(self.folder.path, self.step, environment)
         if start and self.config.resume != "auto":
             self._set_aside(start)
@@ -306,6 +307,7 @@ class Run:
         """Train to the end or until something stops it; what that is, if so. One pass more than steps, for the last periodic
         work."""
         step = first = self.step
+        save_at, keep_model = parse_steps(self.config.save_at), self.config.keep_model
         self.console.go_live(self._live.lines)
         # A collection of garbage in the middle of a step would hold up every rank; it has its time in _write_pending.
         gc.collect()
@@ -314,8 +316,8 @@ class Run:
         while True:
             last = step == self.plan.max_steps
             stop = self._reason_to_stop()
-            save = last or stop or _due(step, self.config.save_every)
-            if (save or step % self.config.log_every == 0) and self._write_pending():
+            save = (last and keep_model) or stop or _due(step, self.config.save_every) or step in save_at
+            if (last or save or step % self.config.log_every == 0) and self._write_pending():
                 step = first = self.step  # it went back
                 continue
             new = step > first or step == 0  # what a continued run did at this step before is not done again
@@ -449,7 +451,7 @@ class Run:
         evaluations = (
             ("validation", self._validate, step == 0 or last or _due(step, config.eval_every)),
             ("hellaswag", self._evaluate_hellaswag, self.hellaswag and step and (last or _due(step, config.hellaswag_every))),
-            ("samples", self._sample, last or (step and _due(step, config.sample_every))),
+            ("samples", self._sample, (last and config.keep_model) or (step and _due(step, config.sample_every))),
         )
         self._evaluation_due = True
         for name, evaluate, due in evaluations:

@@ -1,0 +1,357 @@
+"""Running the trials: one process after another, forked from this one, which has loaded the libraries once.
+
+A launch costs 25 to 35 s, most of it imports and compilation. Here a run starts with the libraries of its parent and finds what
+earlier runs have compiled, and the text is tokenised once for all. The parent never touches the GPU: a process forked from one
+that has could not use it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields
+from recipe.data.token_index import is_prepared
+from recipe.preflight import DRIVER
+from recipe.search.results import Record, append, check_unchanged, key_of, make_record, read_results
+from recipe.search.trials import OWN_FIELDS, TEXT_FIELDS, Job, Stage, jobs_of, show_tokens
+
+STOPPED = 75
+"""Exit code of a run that a signal has stopped."""
+RESERVE = 1.1
+"""A run is taken to last this much longer than earlier ones say."""
+RECENT = 8
+"""Runs whose start-up counts for the next one's."""
+STOP_PATIENCE_S = 60
+"""Seconds that a run may take to stop."""
+
+
+class Interrupted(Exception):
+    """A signal has stopped the search; what is finished is in the results."""
+
+
+class Search:
+    """The jobs of some stages, what of them is done, and the next.
+
+    Args:
+        results: the file of results.
+        scratch: folder for run folders, tokens and compiled code; checkpoints of stable parts are there as long as a branch
+            needs them.
+        more: fields of all trials, over the stages' own.
+        time_limit: seconds after which nothing is running any more, by what earlier runs have taken. None: no limit.
+        retry_failed: run again what has failed.
+        say: takes lines for the user.
+    Raises:
+        ConfigError: for fields that are wrong or differ from those of the results.
+    """
+
+    def __init__(
+        self,
+        stages: list[Stage],
+        results: Path,
+        scratch: Path,
+        more: dict[str, str],
+        time_limit: float | None = None,
+        retry_failed: bool = False,
+        say: Callable[[str], None] = print,
+    ):
+        self.stages, self.results, self.scratch, self.more = stages, results, scratch.absolute(), more
+        self._limit, self._retry, self._say = time_limit, retry_failed, say
+        self.records = read_results(results)
+        check_unchanged(stages, self.records)
+        self._text = _one_text(stages, more)
+        self._tried: set = set()
+        self._began = time.monotonic()
+
+    def run(self) -> int:
+        """Run what is not done yet, in order, until all is or the next would go beyond the time limit.
+
+        Returns:
+            how many runs are left.
+        Raises:
+            Interrupted: if a signal came.
+            ConfigError: if the text cannot be tokenised.
+        """
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        if self.next_job() is None:
+            return 0
+        # Every run finds what the ones before it have compiled.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.scratch / "compiled"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(self.scratch / "compiled" / "triton"))
+        preload()
+        text = self._prepare_text()
+        while (job := self.next_job()) is not None:
+            elapsed, needed = time.monotonic() - self._began, predicted_seconds(job, list(self.records.values()))
+            if not fits(needed, elapsed, self._limit):
+                self._say(
+                    f"{job.label}: would take about {needed:.0f} s, and {max(0.0, self._limit - elapsed):.0f} s are left; "
+                    "the same command goes on from here"
+                )
+                break
+            self._run_job(job, text)
+        return len(self.jobs_left())
+
+    def jobs_left(self) -> list[Job]:
+        """What is not done, in order. A stable part is done when no branch needs it; failed, it takes its branches along."""
+        left = []
+        for trial in (trial for stage in self.stages for trial in stage.trials):
+            jobs = jobs_of(trial)
+            for seed in trial.seeds:
+                own = [job for job in jobs if job.seed == seed]
+                stable = [job for job in own if job.kind == "stable"]
+                open_jobs = [job for job in own if job.kind != "stable" and not self._done(job)]
+                if stable and open_jobs:
+                    missing = any(self.checkpoint(job) is None for job in open_jobs)
+                    if self._failed(stable[0]) or (missing and stable[0].key in self._tried):
+                        continue
+                    left += stable if missing else []
+                left += open_jobs
+        return left
+
+    def next_job(self) -> Job | None:
+        """The first that is not done."""
+        return next(iter(self.jobs_left()), None)
+
+    def checkpoint(self, branch: Job) -> Path | None:
+        """The checkpoint that a branch goes on from, if it is there."""
+        path = self._folder(self._stable_of(branch)) / "checkpoints" / f"step-{branch.start:08d}"
+        return path if (path / "MANIFEST.json").is_file() else None
+
+    def _stable_of(self, branch: Job) -> Job:
+        return next(job for job in jobs_of(branch.trial) if job.kind == "stable" and job.seed == branch.seed)
+
+    def _done(self, job: Job) -> bool:
+        record = self.records.get(job.key)
+        again = self._retry and job.key not in self._tried
+        return record is not None and not (again and record["state"] == "failed")
+
+    def _failed(self, job: Job) -> bool:
+        return self._done(job) and self.records[job.key]["state"] == "failed"
+
+    def _folder(self, job: Job) -> Path:
+        return self.scratch / "runs" / job.label
+
+    def _run_job(self, job: Job, text: dict[str, Any]) -> None:
+        folder, checkpoint = self._folder(job), None
+        if job.kind == "branch":
+            checkpoint = self.checkpoint(job)
+        if job.kind != "stable":
+            shutil.rmtree(folder, ignore_errors=True)  # what a search that was killed has left
+        log = self.scratch / "logs" / f"{job.label}.log"
+        log.parent.mkdir(exist_ok=True)
+        arguments = job.arguments(folder, checkpoint, self.more | text)
+        self._say(f"{job.label}: {show_tokens(job.tokens)} tokens, to step {job.steps}")
+        began = time.monotonic()
+        self._tried.add(job.key)
+        code = run_forked(arguments, log)
+        if code == STOPPED:
+            raise Interrupted(job.label)
+        stable = self.records.get(self._stable_of(job).key) if job.kind == "branch" else None
+        record = make_record(job, folder, code, time.monotonic() - began, stable, log)
+        append(self.results, record)
+        self.records[key_of(record)] = record
+        self._say(f"{job.label}: {describe(record)}")
+        self._tidy(job)
+
+    def _tidy(self, job: Job) -> None:
+        """Delete the run folder, but for a model to keep and for checkpoints that a branch still needs."""
+        if job.kind == "stable":
+            if self._failed(job):
+                shutil.rmtree(self._folder(job), ignore_errors=True)
+            return
+        if not job.trial.keep:
+            shutil.rmtree(self._folder(job), ignore_errors=True)
+        if job.kind == "branch":
+            stable = self._stable_of(job)
+            others = [j for j in jobs_of(job.trial) if j.kind == "branch" and j.seed == job.seed]
+            if all(self._done(other) for other in others):
+                shutil.rmtree(self._folder(stable), ignore_errors=True)
+
+    def _prepare_text(self) -> dict[str, Any]:
+        """Tokenise the text, validation and all, unless that is done; the fields that name the tokens."""
+        if is_prepared(self._text.data):
+            return {}
+        values = {name: getattr(self._text, name) for name in sorted(TEXT_FIELDS)}
+        name = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+        folder = self.scratch / f"tokens-{name}"
+        if not is_prepared(str(folder)):
+            self._say(f"tokenising {self._text.data}")
+            log = self.scratch / "tokenising.log"
+            self._text.output_dir = str(folder)
+            if run_forked([], log, lambda _: _tokenise(self._text)):
+                raise ConfigError(f"data: {self._text.data} could not be tokenised: {_last_line(log)}")
+        return {"data": folder, "validation_data": None, "tokenizer": self._text.tokenizer}
+
+
+def fits(needed: float | None, elapsed: float, limit: float | None) -> bool:
+    """Whether a run that takes `needed` seconds, None if nobody knows, ends before the limit."""
+    if limit is None:
+        return True
+    return elapsed < limit and (needed is None or elapsed + needed <= limit)
+
+
+def predicted_seconds(job: Job, records: list[Record]) -> float | None:
+    """How long a job takes, by those before it: start-up, validation and the rest as the median of the latest, and its tokens at
+    the speed of the most alike. None if there were none."""
+    known = [r for r in records if r["state"] == "finished" and r["own_train_seconds"] > 0]
+    if not known:
+        return None
+    device = known[-1]["device"]
+    known = [r for r in known if r["device"] == device]
+    alike = [r for r in known if (r["stage"], r["name"]) == (job.trial.stage, job.trial.name)]
+    alike = alike or [r for r in known if r["group"] == job.trial.group] or known
+    speed = min(r["own_tokens"] / r["own_train_seconds"] for r in alike)
+    other = statistics.median(r["wall_seconds"] - r["own_train_seconds"] for r in known[-RECENT:])
+    return RESERVE * (job.tokens / speed + other)
+
+
+def describe(record: Record) -> str:
+    """What came of a run, in a line."""
+    if record["state"] == "failed":
+        return f"failed at step {record['steps']}: {record['reason']}"
+    return (
+        f"validation loss {record['val_loss']:.4f} after {show_tokens(record['tokens'])} tokens, "
+        f"{record['tokens_per_second']:,.0f} tokens/s, {record['wall_seconds']:.0f} s"
+    )
+
+
+def preload() -> None:
+    """Import what runs need, without touching the GPU.
+
+    Raises:
+        RuntimeError: if a library has touched it all the same.
+    """
+    # Ask the driver's library whether there is a GPU, not CUDA, which would be initialised by that.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import accelerate  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import tiktoken  # noqa: F401
+    import torch
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+    import recipe.train  # noqa: F401
+
+    if DRIVER.exists():
+        import torch._inductor.compile_fx  # noqa: F401
+    if torch.cuda.is_initialized():
+        raise RuntimeError("a library has initialised CUDA in the parent of the trials, which could not use it then")
+
+
+def run_forked(arguments: list[str], log: Path, main: Callable[[list[str]], int] | None = None) -> int:
+    """Run `pretrain.py` with arguments, or another `main`, in a process forked from this one, its output in `log`.
+
+    Returns:
+        its exit code, negative for a signal that has killed it.
+    Raises:
+        Interrupted: if this process was told to stop; the child has ended then.
+    """
+    from recipe import cli
+
+    with _signals_noted() as received:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent, child = os.getpid(), os.fork()
+        if not child:
+            _be_the_run(parent, arguments, log, main or cli.main)
+        told = 0.0
+        while True:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                break
+            if received and not told:
+                os.kill(child, signal.SIGTERM)
+                told = time.monotonic()
+            elif told and time.monotonic() - told > STOP_PATIENCE_S:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.05)
+    if received:
+        raise Interrupted(signal.Signals(received[0]).name)
+    return os.waitstatus_to_exitcode(status)
+
+
+class _signals_noted:
+    """Within it, SIGTERM and SIGINT are noted in a list instead of ending the process."""
+
+    def __enter__(self) -> list[int]:
+        received: list[int] = []
+        self._before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+        return received
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _be_the_run(parent: int, arguments: list[str], log: Path, main: Callable[[list[str]], int]) -> None:
+    """The child: never returns."""
+    code = 1
+    try:
+        # Ctrl-C in a terminal is the parent's affair.
+        os.setsid()
+        if sys.platform == "linux":
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(code)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = main(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _tokenise(config: Config) -> int:
+    from recipe.cli import report_fault
+    from recipe.data.preparation import prepare
+
+    try:
+        prepare(config, len(os.sched_getaffinity(0)))
+    except Exception as error:
+        report_fault(error, 0)
+        return 1
+    return 0
+
+
+def _one_text(stages: list[Stage], more: dict[str, str]) -> Config:
+    """The configuration of the text, which all trials share.
+
+    Raises:
+        ConfigError: if they do not, or a field is wrong.
+    """
+    texts: dict[tuple, tuple[str, Config]] = {}
+    problems: list[str] = []
+    for name in more:
+        if name not in config_fields():
+            problems.append(f"{name}: unknown field (command line); scripts/pretrain.py --help lists the fields")
+        elif name in OWN_FIELDS or name not in TEXT_FIELDS | NOT_PART_OF_THE_RUN:
+            problems.append(f"{name}: (command line) is part of the trials; put it into the stage's file, below `set`")
+    for stage in stages if not problems else ():
+        for trial in stage.trials:
+            config, found = trial.config(trial.budgets[0], trial.seeds[0], **more)
+            problems += [f"{stage.file}: {trial.name}: {problem}" for problem in found]
+            texts.setdefault(tuple(getattr(config, name) for name in sorted(TEXT_FIELDS)), (stage.file, config))
+    if len(texts) > 1:
+        (first, a), (second, b) = list(texts.values())[:2]
+        differing = [name for name in sorted(TEXT_FIELDS) if getattr(a, name) != getattr(b, name)]
+        problems.append(f"{second}: {differing[0]}: differs from that of {first}; give --{differing[0]} for all of them")
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return next(iter(texts.values()))[1]
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "nothing was printed"
