@@ -195,8 +195,8 @@ def rotate(
     keep_steps: Collection[int] = (),
 ) -> list[str]:
     """Delete committed checkpoints but the newest `keep`, those at a multiple of `keep_every` steps and at `keep_steps`, with
-    `keep_best` the one with the lowest validation loss, and the one just saved. What is not a checkpoint stays. If none of those to be kept is
-    whole, nothing is deleted.
+    `keep_best` the one with the lowest validation loss, and the one just saved. What is not a checkpoint stays. If none
+    of those to be kept is whole, nothing is deleted.
 
     Returns:
         what could not be deleted, and why.

@@ -183,8 +183,8 @@ class TrainingConfig:
     keep_best: bool = True
     """Keep the checkpoint with the lowest validation loss as well (of those saved at a step with one)."""
     save_at: str | None = None
-    """Steps at which to save as well, as in `229,458`; these checkpoints are never deleted. Runs of other lengths can branch off
-    them, see schedule."""
+    """Steps at which to save as well, as in `229,458`; these checkpoints are never deleted. Runs of other lengths can branch
+    off them, see schedule."""
     keep_model: bool = True
     """false: neither save, sample nor export at the end, for trials of which only metrics.jsonl is wanted."""
     log_every: int = 10

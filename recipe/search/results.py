@@ -87,13 +87,22 @@ def overrides_of(trial: Trial) -> dict[str, Any]:
     }
 
 
-def make_record(job: Job, folder: Path, exit_code: int, wall_seconds: float, stable: Record | None, log: Path) -> Record:
+def make_record(
+    job: Job,
+    folder: Path,
+    exit_code: int,
+    wall_seconds: float,
+    stable: Record | None,
+    log: Path,
+    text_tokens: int | None = None,
+) -> Record:
     """What the run of a job in `folder` has come to.
 
     Args:
         exit_code: of its process; negative for a signal.
         stable: the record of the stable part that a branch has left.
         log: what the run has printed.
+        text_tokens: of one pass over the text, if known.
     """
     environment = _read_json(folder / "environment.json")
     status = _read_json(folder / "status.json")
@@ -121,6 +130,7 @@ def make_record(job: Job, folder: Path, exit_code: int, wall_seconds: float, sta
         "start_step": job.start,
         "steps": training[-1]["step"] if training else 0,
         "tokens": training[-1]["tokens"] if training else 0,
+        "epochs": round(training[-1]["tokens"] / text_tokens, 3) if training and text_tokens else None,
         "curve": before + curve,
         "val_loss": curve[-1][2] if finished else None,
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in training) if training else None,

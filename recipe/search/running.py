@@ -17,11 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields
 from recipe.data.token_index import is_prepared
+from recipe.estimate import data_tokens
 from recipe.preflight import DRIVER
 from recipe.search.results import Record, append, check_unchanged, key_of, make_record, read_results
 from recipe.search.trials import OWN_FIELDS, TEXT_FIELDS, Job, Stage, jobs_of, show_tokens
@@ -90,6 +92,7 @@ class Search:
         os.environ.setdefault("TRITON_CACHE_DIR", str(self.scratch / "compiled" / "triton"))
         preload()
         text = self._prepare_text()
+        self._text_tokens = data_tokens(replace(self._text, data=str(text.get("data", self._text.data))))
         while (job := self.next_job()) is not None:
             elapsed, needed = time.monotonic() - self._began, predicted_seconds(job, list(self.records.values()))
             if not fits(needed, elapsed, self._limit):
@@ -157,7 +160,7 @@ class Search:
         if code == STOPPED:
             raise Interrupted(job.label)
         stable = self.records.get(self._stable_of(job).key) if job.kind == "branch" else None
-        record = make_record(job, folder, code, time.monotonic() - began, stable, log)
+        record = make_record(job, folder, code, time.monotonic() - began, stable, log, self._text_tokens)
         append(self.results, record)
         self.records[key_of(record)] = record
         self._say(f"{job.label}: {describe(record)}")
@@ -201,8 +204,8 @@ def fits(needed: float | None, elapsed: float, limit: float | None) -> bool:
 
 
 def predicted_seconds(job: Job, records: list[Record]) -> float | None:
-    """How long a job takes, by those before it: start-up, validation and the rest as the median of the latest, and its tokens at
-    the speed of the most alike. None if there were none."""
+    """How long a job takes, by those before it: start-up, validation and the rest as the median of the latest, and its tokens
+    at the speed of the most alike. None if there were none."""
     known = [r for r in records if r["state"] == "finished" and r["own_train_seconds"] > 0]
     if not known:
         return None
