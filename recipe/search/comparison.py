@@ -11,6 +11,7 @@ from recipe.estimate import SCALING_FIT, Estimate, estimate, parse_machine
 from recipe.parsing import parse_config
 from recipe.search.results import Record
 from recipe.search.statistics import (
+    EXPONENTS,
     Noise,
     Point,
     PowerLaw,
@@ -23,7 +24,7 @@ from recipe.search.statistics import (
     tokens_along,
     tokens_to_reach,
 )
-from recipe.search.trials import GROUPS
+from recipe.search.trials import GROUPS, show_tokens
 
 CANDIDATE, BASELINES = "fast", ("llmc", "adamw")
 GOALS = {"llmc": 0.40, "adamw": 0.65}
@@ -185,13 +186,16 @@ class Fit:
 
 
 def fit_group(group: str, ends: list[End], noise: Noise | None, floor: float | None) -> Fit | None:
-    """The fit of a group's ends, one point a seed; None if its budgets do not determine it or lie below a given floor."""
+    """The fit of a group's ends, one point a seed; None if its budgets do not determine it (a floor of 0 or less, an exponent
+    at the edge of what is searched) or lie below a given floor."""
     points = [Point(end.tokens, loss) for end in ends for loss in end.losses]
     if len(ends) < (FREE_FLOOR_BUDGETS if floor is None else 2):
         return None
     if floor is not None and min(p.loss for p in points) <= floor:
         return None
     law = fit_power_law(points, floor)
+    if floor is None and (law.floor <= 0 or not 1.01 * EXPONENTS[0] < law.exponent < EXPONENTS[1] / 1.01):
+        return None
     known = [
         d for d in (noise and noise.deviation, residual_deviation(points, law, 3 if floor is None else 2)) if d is not None
     ]
@@ -225,7 +229,7 @@ def predict(ratios: list[Ratio], fast: Fit | None, llmc: Fit | None, base: str, 
     if held:
         last = max(held, key=lambda r: r.end.tokens)
         bound = " (an upper bound)" if last.reached.bound else ""
-        basis = f"the ratio {last.tokens:.2f}{bound} to llm.c's tokens at {last.end.tokens / 1e6:,.0f}M, taken to hold at 9.9B"
+        basis = f"the ratio {last.tokens:.2f}{bound} to llm.c's tokens at {show_tokens(last.end.tokens)}, taken to hold at 9.9B"
         found.append((basis, last.tokens * LLMC_TOKENS, None, None))
     if fast and llmc:
         tokens = fast.law.tokens(llmc.law.loss(LLMC_TOKENS))

@@ -213,8 +213,10 @@ def _fits(ends: dict[str, list[End]], noise: Noise | None, stages: list[Stage]) 
     for group in (g for g in GROUPS if g in ends):
         found = [fit for f in (None, floor) if (fit := fit_group(group, ends[group], noise, f))]
         fits += found
-        if not found:
-            notes.append(f"{group}: no fit, its {len(ends[group])} budgets do not determine one above E {floor:.3f}.")
+        if not any(fit.given_floor is None for fit in found):
+            notes.append(f"{group}: its {len(ends[group])} budgets do not determine E.")
+        if not any(fit.given_floor is not None for fit in found):
+            notes.append(f"{group}: no fit with a given E, for it has fewer than two budgets or losses below {floor:.3f}.")
     return fits, notes
 
 

@@ -109,7 +109,7 @@ class Search:
         left = []
         for trial in (trial for stage in self.stages for trial in stage.trials):
             jobs = jobs_of(trial)
-            for seed in trial.seeds:
+            for seed in trial.all_seeds:
                 own = [job for job in jobs if job.seed == seed]
                 stable = [job for job in own if job.kind == "stable"]
                 open_jobs = [job for job in own if job.kind != "stable" and not self._done(job)]

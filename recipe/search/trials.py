@@ -12,10 +12,12 @@
       - name: muon
         group: fast               llmc, adamw or fast
         seeds: [0, 1, 2]          base, budgets, seeds and points may differ from the stage's
+        seeds_at: {50M: [0, 1]}   other seeds at a budget
         set: {schedule: trapezoidal, warmup_steps: 8, decay_steps: 0.4}
         branch: true              all budgets are decays of one stable run
         keep: true                keep the run folder, with its model
 
+HellaSwag, where hellaswag_every is set, is evaluated at a trial's largest budget only.
 Nothing here imports torch.
 """
 
@@ -44,7 +46,7 @@ OWN_FIELDS = frozenset(
 )
 """Fields that follow from the trial."""
 _STAGE_KEYS = "stage base compare baseline budgets seeds points set trials".split()
-_TRIAL_KEYS = "name group base budgets seeds points set branch keep".split()
+_TRIAL_KEYS = "name group base budgets seeds seeds_at points set branch keep".split()
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)([kMB])")
 _SIZES = {"k": 10**3, "M": 10**6, "B": 10**9}
@@ -65,9 +67,20 @@ class Trial:
     budgets: tuple[int, ...]
     """Tokens, in ascending order."""
     seeds: tuple[int, ...]
+    seeds_at: dict[int, tuple[int, ...]]
+    """Other seeds, by budget."""
     points: int
     branch: bool
     keep: bool
+
+    def budgets_of(self, seed: int) -> list[int]:
+        """The budgets that are run with a seed, in ascending order."""
+        return [budget for budget in self.budgets if seed in self.seeds_at.get(budget, self.seeds)]
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """Those of any budget, in the order in which they are given."""
+        return list(dict.fromkeys([*self.seeds, *(seed for seeds in self.seeds_at.values() for seed in seeds)]))
 
     def config(self, budget: int, seed: int, **fields: Any) -> tuple[Config, list[str]]:
         """Its configuration at a budget, with `fields` over its own, and the problems found in it."""
@@ -152,6 +165,8 @@ class Job:
             "seed": self.seed, "output_dir": folder, "save_every": 0, "sample_every": 0, "keep_best": False,
             "keep_model": keep_model, "eval_every": max(1, round(whole / self.trial.points)),
         }  # fmt: skip
+        if self.budget != self.trial.budgets[-1]:
+            fields["hellaswag_every"] = 0
         if self.kind == "stable":
             fields |= {"max_steps": self.steps, "decay_steps": 0, "save_at": ",".join(map(str, self.save_at))}
         else:
@@ -162,13 +177,15 @@ class Job:
 def jobs_of(trial: Trial) -> list[Job]:
     """All runs of a trial, in order: of a branched one, for each seed the stable part and then the decays, shortest first."""
     if not trial.branch:
-        return [Job("run", trial, seed, budget) for seed in trial.seeds for budget in trial.budgets]
+        return [Job("run", trial, seed, budget) for seed in trial.all_seeds for budget in trial.budgets_of(seed)]
     plans = {budget: trial.plan(budget) for budget in trial.budgets}
     starts = {budget: plan.max_steps - plan.decay_steps for budget, plan in plans.items()}
     jobs = []
-    for seed in trial.seeds:
-        jobs.append(Job("stable", trial, seed, 0, save_at=tuple(sorted(set(starts.values())))))
-        jobs += [Job("branch", trial, seed, budget, start=start) for budget, start in starts.items()]
+    for seed in trial.all_seeds:
+        own = {budget: starts[budget] for budget in trial.budgets_of(seed)}
+        if own:
+            jobs.append(Job("stable", trial, seed, 0, save_at=tuple(sorted(set(own.values())))))
+            jobs += [Job("branch", trial, seed, budget, start=start) for budget, start in own.items()]
     return jobs
 
 
@@ -274,6 +291,7 @@ def _load_trial(file: str, stage: dict, entry: object, problems: list[str]) -> T
     points = both.get("points", POINTS)
     if not isinstance(points, int) or isinstance(points, bool) or points < 1:
         reader.add("points", f"{points!r} is not a whole number from 1 on")
+    seeds_at = reader.seeds_at(entry, budgets)
     branch, keep = (reader.switch(entry, key) for key in ("branch", "keep"))
     base = both.get("base")
     if not isinstance(base, str):
@@ -281,7 +299,9 @@ def _load_trial(file: str, stage: dict, entry: object, problems: list[str]) -> T
     if len(problems) > count:
         return None
     base = str(Path(file).parent / base)
-    trial = Trial(stage["stage"], name, group, base, fields, tuple(sorted(budgets)), tuple(seeds), points, branch, keep)
+    trial = Trial(
+        stage["stage"], name, group, base, fields, tuple(sorted(budgets)), tuple(seeds), seeds_at, points, branch, keep
+    )
     for budget in trial.budgets:
         config, found = trial.config(budget, trial.seeds[0])
         if not found:
@@ -349,6 +369,20 @@ class _Reader:
                 self.add(key, f"{value!r} is not a list of {what}" if isinstance(value, list) else f"{value!r} is not {what}")
         if len(set(found)) < len(found):
             self.add(key, "holds one twice")
+        return found
+
+    def seeds_at(self, values: dict, budgets: list[int]) -> dict[int, tuple[int, ...]]:
+        given, found = values.get("seeds_at", {}), {}
+        for budget in given if isinstance(given, dict) else ():
+            try:
+                tokens = parse_tokens(budget)
+            except ValueError:
+                tokens = 0
+            if tokens not in budgets:
+                self.add("seeds_at", f"{budget!r} is not one of the trial's budgets")
+            found[tokens] = tuple(self.list_of(given, budget, _seed, "whole numbers from 0 on"))
+        if not isinstance(given, dict):
+            self.add("seeds_at", f"{given!r} does not map budgets to lists of seeds")
         return found
 
     def fields(self, values: dict, source: str) -> dict[str, Any]:
