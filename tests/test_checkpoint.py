@@ -268,6 +268,12 @@ def test_strange_folders_and_files_stay(tmp_path):
     assert find_newest(tmp_path) == (None, [])
 
 
+def test_steps_to_branch_off_are_kept(tmp_path):
+    saved(tmp_path, 1, 2, 3, 4, 5)
+    rotate(tmp_path, 1, keep_steps=(2, 3, 9))
+    assert names(tmp_path) == [f"step-{n:08d}" for n in (2, 3, 5)]
+
+
 def test_a_folder_without_a_manifest_is_no_checkpoint_to_rotate(tmp_path):
     made = saved(tmp_path, 1, 2, 3)
     delete(made[2].path / "MANIFEST.json")

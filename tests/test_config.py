@@ -408,6 +408,11 @@ def test_weights_start_from_a_model_or_at_zero():
     assert not problems_of(both[:-2]) and not problems_of([*STEPS, "--init_from", "gpt2"])
 
 
+@pytest.mark.parametrize("steps", ["0", "-3", "4,", "4,0", "4-9", "a lot"])
+def test_steps_to_save_at_that_are_none(steps):
+    assert the_problem([*STEPS, "--save_at", steps]) == f"save_at: {steps!r} is not a list of steps; write it as 229,458"
+
+
 def test_heads_must_divide_the_width():
     assert the_problem([*STEPS, "--n_head", "7"]).startswith("n_head: 7 heads do not divide n_embd 768; ")
 
@@ -509,6 +514,7 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "beta2": lambda rng: rng.random(),
     "muon_momentum": lambda rng: rng.random(),
     "zero_init_projections": lambda rng: False,  # which init_from excludes
+    "save_at": lambda rng: rng.choice([None, "7", "229,458"]),
     "batch_ramp": lambda rng: rng.choice([None, "1x1", "64x3, 128x2", "131_072x1000"]),
     "max_hours": lambda rng: rng.choice([None, 0.5 + rng.random()]),
     "spike_threshold": lambda rng: 1 + rng.random(),

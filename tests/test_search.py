@@ -432,9 +432,9 @@ def test_of_a_group_the_lower_end_counts_at_each_budget() -> None:
 
 def test_losses_on_other_validation_text_do_not_compare(records: list[dict]) -> None:
     assert len(trained(records)) == 15
-    assert len(trained([*records, synthetic("fast", 1, kind="stable"), synthetic("fast", 1, state="failed")])) == 15
+    assert len(trained([*records, synthetic("fast", 9, kind="stable"), synthetic("fast", 9, state="failed")])) == 15
     with pytest.raises(ConfigError, match="2 different texts"):
-        trained([*records, synthetic("fast", 1, validation_sha256="b")])
+        trained([*records, synthetic("fast", 9, validation_sha256="b")])
 
 
 def test_the_prediction_is_that_of_the_laws(records: list[dict]) -> None:

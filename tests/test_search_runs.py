@@ -81,9 +81,8 @@ def test_trials_to_results_to_report(tmp_path: Path, fineweb_folder: Path) -> No
     bench = Bench(tmp_path, fineweb_folder)
     assert len(bench.run("--list").splitlines()) == 7 and not bench.scratch.exists()
 
-    # One run is allowed by a limit that it has used up itself.
-    output = bench.run("--time_limit", "0.5", code=75)
-    assert "7 runs are left" in output or "6 runs are left" in output, output
+    # The imports alone take longer.
+    assert "7 runs are left" in bench.run("--time_limit", "0.1", code=75) and not bench.records()
 
     # A signal stops it, after what is finished, before the rest; a run that was stopped leaves no record.
     process = bench.start()

@@ -94,15 +94,17 @@ class Search:
         preload()
         text = self._prepare_text()
         self._text_tokens = data_tokens(replace(self._text, data=str(text.get("data", self._text.data))))
-        while (job := self.next_job()) is not None:
-            elapsed, needed = time.monotonic() - self._began, predicted_seconds(job, list(self.records.values()))
-            if not fits(needed, elapsed, self._limit):
-                self._say(
-                    f"{job.label}: would take about {needed:.0f} s, and {max(0.0, self._limit - elapsed):.0f} s are left; "
-                    "the same command goes on from here"
-                )
-                break
-            self._run_job(job, text)
+        with _signals_noted() as received:
+            while (job := self.next_job()) is not None:
+                if received:  # between two runs
+                    raise Interrupted(signal.Signals(received[0]).name)
+                elapsed, needed = time.monotonic() - self._began, predicted_seconds(job, list(self.records.values()))
+                if not fits(needed, elapsed, self._limit):
+                    takes = "" if needed is None else f"would take about {needed:.0f} s, and "
+                    left = max(0.0, self._limit - elapsed)
+                    self._say(f"{job.label}: {takes}{left:.0f} s are left; the same command goes on from here")
+                    break
+                self._run_job(job, text)
         return len(self.jobs_left())
 
     def jobs_left(self) -> list[Job]:
