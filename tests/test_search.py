@@ -157,7 +157,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 
 def test_the_project_s_stages_are_sound() -> None:
     stages = load_stages(STAGES)
-    assert [stage.name.split("-")[0] for stage in stages] == ["1", "2", "3", "4"]
+    assert [stage.name.split("-")[0] for stage in stages] == ["1", "2", "3", "3", "4"]
     assert stages[-1].compare == "groups" and {t.group for t in stages[-1].trials} == {"llmc", "adamw", "fast"}
     for stage in stages[:-1]:
         baseline = next(t for t in stage.trials if stage.baseline == f"{stage.name}/{t.name}")
