@@ -25,7 +25,6 @@ from typing import Any
 from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields
 from recipe.data.token_index import is_prepared
 from recipe.estimate import data_tokens
-from recipe.preflight import DRIVER
 from recipe.search.results import Record, append, check_unchanged, key_of, make_record, read_results
 from recipe.search.trials import OWN_FIELDS, TEXT_FIELDS, Job, Stage, jobs_of, show_tokens
 
@@ -247,7 +246,7 @@ def preload() -> None:
 
     import recipe.train  # noqa: F401
 
-    if DRIVER.exists():
+    if shutil.which("nvidia-smi") or os.path.exists("/dev/nvidiactl"):
         import torch._inductor.compile_fx  # noqa: F401
     if torch.cuda.is_initialized():
         raise RuntimeError("a library has initialised CUDA in the parent of the trials, which could not use it then")
