@@ -127,7 +127,8 @@ def _training(config: dict[str, Any], environment: dict[str, Any], records: list
     if training:
         last = training[-1]
         ramp = f" (ramped up by {config['batch_ramp']})" if config.get("batch_ramp") else ""
-        muon = f" (Muon {config['muon_learning_rate']:g})" if config["optimizer"] == "muon" else ""
+        name = "NorMuon" if config.get("muon_variant") == "normuon" else "Muon"  # older runs have no variant
+        muon = f" ({name} {config['muon_learning_rate']:g})" if config["optimizer"] == "muon" else ""
         seconds = sum(r["step_seconds"] for r in training)
         lines += [
             f"- {last['tokens']:,} tokens in {last['step']:,} steps of {config['batch_tokens']:,} tokens{ramp}, "
