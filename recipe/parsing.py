@@ -267,6 +267,8 @@ def _hub_problems(config: Config) -> list[str]:
     problems = []
     if config.push_to_hub is not None and not HUB_REPO.fullmatch(config.push_to_hub):
         problems.append(f"push_to_hub: {config.push_to_hub!r} does not say where to; write it as USER/NAME")
+    if config.push_to_hub is not None and not config.keep_model:
+        problems.append("keep_model: false leaves nothing to push to push_to_hub; drop one of the two")
     if config.push_every and config.push_to_hub is None:
         problems.append("push_every: there is nowhere to push to; give push_to_hub USER/NAME")
     if config.push_every and (not config.save_every or config.push_every % config.save_every):

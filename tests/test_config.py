@@ -592,6 +592,7 @@ def test_help_of_the_script_is_light():
     [
         (["--push_to_hub", "name"], "push_to_hub: 'name' does not say where to; write it as USER/NAME"),
         (["--push_to_hub", "https://hub/a/b"], "push_to_hub: 'https://hub/a/b' does not say where to; write it as USER/NAME"),
+        (["--push_to_hub", "a/b", "--keep_model", "false"], "keep_model: false leaves nothing to push to push_to_hub"),
         (["--push_every", "500"], "push_every: there is nowhere to push to; give push_to_hub USER/NAME"),
         (["--push_to_hub", "a/b", "--push_every", "300"], "push_every: 300 is not a multiple of save_every 500"),
         (
