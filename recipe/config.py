@@ -142,6 +142,10 @@ class TrainingConfig:
     batch_ramp: str | None = None
     """Smaller batches at first, as TOKENSxSTEPS: `131072x1000,262144x500` takes 131,072 tokens a step for 1000 steps, 262,144
     for the next 500, and batch_tokens from then on."""
+    sequence_ramp: str | None = None
+    """Shorter sequences at first, as LENGTHxSTEPS: with `128x500,256x1000` each row is read as sequences of 128 tokens that
+    know nothing of each other for 500 steps, of 256 for the next 1000, and whole from then on. Rows, batches and the
+    validation, which takes whole rows, stay the same: its loss is high while most positions are untrained."""
     micro_batch_size: int | None = None
     """Rows a rank takes through the model at a time. Default: the largest power of two that divides its part of the batch and
     fits the card's memory by the estimate of scripts/plan.py; 8 at most on a CPU."""
@@ -318,16 +322,16 @@ def parse_ranges(text: str | None) -> list[tuple[int, int]]:
     return ranges
 
 
-def parse_batch_ramp(text: str | None) -> tuple[tuple[int, int], ...]:
-    """`131072x1000,262144x500` as ((131072, 1000), (262144, 500)): tokens a step, and for how many steps.
+def parse_ramp(text: str | None) -> tuple[tuple[int, int], ...]:
+    """`131072x1000,262144x500` as ((131072, 1000), (262144, 500)): a value, and for how many steps.
 
     Raises:
         ValueError: for anything else, and for numbers below 1.
     """
     ramp = []
     for stage in text.split(",") if text else []:
-        tokens, _, steps = stage.strip().partition("x")
-        ramp.append((int(tokens), int(steps)))
+        value, _, steps = stage.strip().partition("x")
+        ramp.append((int(value), int(steps)))
         if min(ramp[-1]) < 1:
             raise ValueError(stage)
     return tuple(ramp)

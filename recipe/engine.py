@@ -64,6 +64,9 @@ class Engine:
         self.parameter_groups = parameter_groups(model, config)
         self.compiled = config.compile if config.compile is not None else distributed.cuda
         if self.compiled:
+            # A length of sequences is a graph of its own, and past the limit (8) torch would refuse to compile.
+            lengths = len({length for length, _ in plan.sequence_ramp})
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 + 2 * lengths)
             # Parameter names stay, the eager GPT2LMHeadModel inside stays usable for generation, and DeepSpeed's hooks,
             # which cannot be compiled, stay outside.
             model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)

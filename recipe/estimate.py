@@ -12,9 +12,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipe.config import FINEWEB, INSTALLED_DOCS, Config, ConfigError, parse_batch_ramp
+from recipe.config import FINEWEB, INSTALLED_DOCS, Config, ConfigError, parse_ramp
 from recipe.data.corpus import file_format, is_local, local_text_files
-from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters, flops_per_token, make_plan, padded_vocab_size, peak_flops
+from recipe.plan import (
+    GPT2_VOCAB_SIZE,
+    Plan,
+    count_parameters,
+    flops_of_run,
+    flops_per_token,
+    make_plan,
+    padded_vocab_size,
+    peak_flops,
+)
 
 if TYPE_CHECKING:
     from recipe.micro_batch import Fit
@@ -171,7 +180,7 @@ def _moment_bytes(config: Config, parameters: int) -> int:
 
 def micro_batches(config: Config, ranks: int) -> list[int]:
     """The rows of a micro-batch that divide the batch and those of its ramp over `ranks`, largest first."""
-    batches = [config.batch_tokens, *(tokens for tokens, _ in parse_batch_ramp(config.batch_ramp))]
+    batches = [config.batch_tokens, *(tokens for tokens, _ in parse_ramp(config.batch_ramp))]
     rows, rest = divmod(math.gcd(*batches), config.sequence_length * ranks)
     return [n for n in range(rows, 0, -1) if rows % n == 0] if not rest else []
 
@@ -307,7 +316,7 @@ def estimate(
         tokens=tokens,
         data_tokens=text,
         epochs=tokens / text if text else None,
-        flops=float(tokens) * flops,
+        flops=flops_of_run(config, plan, vocab_size),
         hours=hours,
         dollars=hours * price_per_hour if price_per_hour is not None else None,
         checkpoint_bytes=state,
@@ -356,7 +365,7 @@ def best_within(
         warmup = sized.warmup_steps if sized.warmup_steps < 1 else min(sized.warmup_steps, steps // 10)
         if steps < 1:
             continue
-        sized = replace(sized, max_tokens=None, max_steps=steps, warmup_steps=warmup, batch_ramp=None)
+        sized = replace(sized, max_tokens=None, max_steps=steps, warmup_steps=warmup, batch_ramp=None, sequence_ramp=None)
         run = estimate(sized, machine, price_per_hour)
         if run.fits:
             found.append((size, run, predicted_loss(run.parameters, run.tokens)))

@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 
-from recipe.config import Config, ConfigError, parse_batch_ramp
+from recipe.config import Config, ConfigError, parse_ramp
 from recipe.estimate import GIB, USABLE_MEMORY, memory_by_part
 from recipe.plan import GPT2_VOCAB_SIZE
 
@@ -154,7 +154,7 @@ def under_zero1() -> bool:
 
 def _choices(config: Config, ranks: int) -> list[int]:
     """Powers of two of rows that divide what a rank takes of every batch, up to MOST_TOKENS; 1 at least."""
-    tokens = math.gcd(config.batch_tokens, *(tokens for tokens, _ in parse_batch_ramp(config.batch_ramp)))
+    tokens = math.gcd(config.batch_tokens, *(tokens for tokens, _ in parse_ramp(config.batch_ramp)))
     rows = tokens // (config.sequence_length * ranks)
     return [1] + [n for n in (2**k for k in range(1, 31)) if rows % n == 0 and n * config.sequence_length <= MOST_TOKENS]
 

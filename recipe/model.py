@@ -112,6 +112,21 @@ class PretrainingModel(nn.Module):
         return losses.view_as(targets)
 
 
+def cut_rows(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows as shorter sequences with the same targets, in the same order.
+
+    Args:
+        rows: token ids [batch, sequence + 1].
+        length: targets of a piece; it divides `sequence`.
+    Returns:
+        [batch * sequence / length, length + 1]: a piece's last token is the next one's first, as it is from row to row. `rows`
+        itself if they are that short already.
+    """
+    if rows.shape[1] == length + 1:
+        return rows
+    return rows.unfold(1, length + 1, length).flatten(0, 1)
+
+
 @torch.no_grad()
 def continue_text(
     gpt2: GPT2LMHeadModel,

@@ -22,7 +22,7 @@ from recipe.config import (
     ConfigError,
     config_fields,
     field_docs,
-    parse_batch_ramp,
+    parse_ramp,
     parse_ranges,
     parse_steps,
 )
@@ -247,11 +247,12 @@ def _range_problems(config: Config) -> list[str]:
     except ValueError:
         problems.append(f"save_at: {config.save_at!r} is not a list of steps; write it as 229,458")
     try:
-        parse_batch_ramp(config.batch_ramp)
+        parse_ramp(config.batch_ramp)
     except ValueError:
         problems.append(f"batch_ramp: {config.batch_ramp!r} is not a list of TOKENSxSTEPS; write it as 131072x1000,262144x500")
     if config.zero_init_projections and config.init_from is not None:
         problems.append("zero_init_projections: the weights of init_from are not random ones; drop one of the two")
+    problems += _sequence_ramp_problems(config)
     problems += _hub_problems(config)
     if config.tokenizer.startswith("train:"):
         try:
@@ -260,6 +261,21 @@ def _range_problems(config: Config) -> list[str]:
             valid = False
         if not valid:
             problems.append(f"tokenizer: {config.tokenizer}: VOCAB_SIZE must be a whole number from 257 to 65536")
+    return problems
+
+
+def _sequence_ramp_problems(config: Config) -> list[str]:
+    try:
+        ramp = parse_ramp(config.sequence_ramp)
+    except ValueError:
+        return [f"sequence_ramp: {config.sequence_ramp!r} is not a list of LENGTHxSTEPS; write it as 128x500,256x1000"]
+    whole, problems = config.sequence_length, []
+    for length in dict.fromkeys(length for length, _ in ramp):
+        if whole > 0 and whole % length:
+            below = max(n for n in range(1, min(length, whole) + 1) if whole % n == 0)
+            above = min((n for n in range(length, whole + 1) if whole % n == 0), default=below)
+            choices = " or ".join(str(n) for n in dict.fromkeys((below, above)))
+            problems.append(f"sequence_ramp: {length} does not divide sequence_length {whole}; {choices} works")
     return problems
 
 

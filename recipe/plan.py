@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipe.config import Config, ConfigError, parse_batch_ramp
+from recipe.config import Config, ConfigError, parse_ramp
 from recipe.data.corpus import check_data_exists
 from recipe.evaluation.items import local_files
 from recipe.monitor.trackers import tracker_problems
@@ -37,20 +37,24 @@ class Plan:
     """Steps of decay at the end of the trapezoidal schedule; 0 under the others."""
     total_tokens: int
     """Tokens of the run."""
+    sequence_length: int
+    """Targets of a sequence, after the sequence ramp."""
     ramp: tuple[tuple[int, int], ...] = ()
     """Smaller batches at first: tokens a step, and for how many steps."""
+    sequence_ramp: tuple[tuple[int, int], ...] = ()
+    """Shorter sequences at first: targets of each, and for how many steps."""
 
     def tokens_at(self, step: int) -> int:
         """Tokens of optimizer step `step`, counted from 0."""
-        for tokens, steps in self.ramp:
-            if step < steps:
-                return tokens
-            step -= steps
-        return self.tokens_per_step
+        return _value_at(step, self.ramp, self.tokens_per_step)
 
     def rows_at(self, step: int) -> int:
         """Rows of optimizer step `step`, counted from 0, over all ranks."""
         return self.tokens_at(step) * self.rows_per_step // self.tokens_per_step
+
+    def sequence_length_at(self, step: int) -> int:
+        """Targets of a sequence at optimizer step `step`, counted from 0; it divides `sequence_length`."""
+        return _value_at(step, self.sequence_ramp, self.sequence_length)
 
     def tokens_after(self, steps: int) -> int:
         """Tokens of the first `steps` steps."""
@@ -65,7 +69,10 @@ class Plan:
         """The numbers as `name value` lines; `vocab_size` None stands for GPT-2's, not yet read."""
         parameters = count_parameters(config, vocab_size or GPT2_VOCAB_SIZE)
         decay = f", {self.decay_steps:,} decay" if self.decay_steps else ""
-        ramp = ", then ".join(f"{tokens:,} tokens for {steps:,} steps" for tokens, steps in self.ramp)
+        ramp, sequence_ramp = (
+            ", then ".join(f"{tokens:,} tokens for {steps:,} steps" for tokens, steps in stages)
+            for stages in (self.ramp, self.sequence_ramp)
+        )
         assumed = "" if vocab_size else f"  (assuming GPT-2's vocabulary of {GPT2_VOCAB_SIZE:,})"
         return [
             f"parameters        {parameters:,}{assumed}",
@@ -73,9 +80,19 @@ class Plan:
             f"tokens a step     {self.tokens_per_step:,}  ({config.micro_batch_size} rows x {config.sequence_length} "
             f"tokens x {self.num_processes} ranks x {self.accumulation} accumulation)",
             *([f"batch ramp        {ramp}"] if ramp else []),
+            *([f"sequence ramp     {sequence_ramp}"] if sequence_ramp else []),
             f"steps             {self.max_steps:,}  ({self.warmup_steps:,} of them warm-up{decay})",
             f"tokens in all     {self.total_tokens:,}",
         ]
+
+
+def _value_at(step: int, ramp: tuple[tuple[int, int], ...], after: int) -> int:
+    """The value of a ramp at a step counted from 0, `after` behind its end."""
+    for value, steps in ramp:
+        if step < steps:
+            return value
+        step -= steps
+    return after
 
 
 def make_plan(config: Config, num_processes: int) -> Plan:
@@ -98,7 +115,9 @@ def make_plan(config: Config, num_processes: int) -> Plan:
         warmup_steps=_count_steps(config.warmup_steps, max_steps),
         decay_steps=_decay_steps(config, max_steps),
         total_tokens=0,
+        sequence_length=config.sequence_length,
         ramp=_ramp(config),
+        sequence_ramp=parse_ramp(config.sequence_ramp),
     )
     return replace(plan, total_tokens=plan.tokens_after(max_steps))
 
@@ -141,7 +160,7 @@ def _batch_problems(config: Config, num_processes: int) -> list[str]:
 
 def _ramp(config: Config) -> tuple[tuple[int, int], ...]:
     try:
-        return parse_batch_ramp(config.batch_ramp)
+        return parse_ramp(config.batch_ramp)
     except ValueError:
         return ()  # among the problems of the configuration already
 
@@ -240,15 +259,28 @@ def count_parameters(config: Config, vocab_size: int) -> int:
     return vocab_size * width + config.n_positions * width + config.n_layer * block + 2 * width
 
 
-def flops_per_token(config: Config, vocab_size: int) -> int:
+def flops_per_token(config: Config, vocab_size: int, sequence_length: int | None = None) -> int:
     """Training FLOPs a token, forward and backward: 6N + 6LCT.
 
     N counts the matrices a token is multiplied with, the head once; 6LCT is causal attention, which does half of the
     12LCT of full attention (Chowdhery et al. 2022, PaLM, appendix B).
+
+    Args:
+        sequence_length: T, where the sequence ramp makes it shorter than the configuration's.
     """
     width = config.n_embd
     matrices = 12 * config.n_layer * width * width + vocab_size * width
-    return 6 * matrices + 6 * config.n_layer * width * config.sequence_length
+    return 6 * matrices + 6 * config.n_layer * width * (sequence_length or config.sequence_length)
+
+
+def flops_of_run(config: Config, plan: Plan, vocab_size: int) -> float:
+    """Training FLOPs of the whole run, its sequence ramp included."""
+    total, step, stages = 0.0, 0, (*plan.sequence_ramp, (plan.sequence_length, plan.max_steps))
+    for length, steps in stages:
+        end = min(step + steps, plan.max_steps)
+        total += (plan.tokens_after(end) - plan.tokens_after(step)) * float(flops_per_token(config, vocab_size, length))
+        step = end
+    return total
 
 
 PEAK_BF16_FLOPS = {

@@ -40,6 +40,10 @@ class SpikeFinder:
         moved = torch.cat([self._losses[1:], loss.reshape(1).double()])
         self._losses = torch.where((skipped > 0) | ~loss.isfinite(), self._losses, moved)
 
+    def forget(self) -> None:
+        """Begin the history anew: what follows is no more like what was."""
+        self._losses.fill_(math.nan)
+
     def state(self) -> list[float]:
         """The history, oldest first, for a checkpoint."""
         return [loss for loss in self._losses.tolist() if math.isfinite(loss)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +63,14 @@ class Step:
 class Steps:
     """The steps since the last look."""
 
-    def __init__(self, plan: Plan, flops_per_token: float, peak_flops: float | None, distributed: Distributed):
-        """`peak_flops`: of one device, if its model is known."""
-        self._plan, self._distributed = plan, distributed
-        self._mfu_per_token = peak_flops and flops_per_token / (peak_flops * plan.num_processes)
+    def __init__(self, plan: Plan, flops_per_token: Callable[[int], float], peak_flops: float | None, distributed: Distributed):
+        """
+        Args:
+            flops_per_token: training FLOPs a token by the length of the sequences.
+            peak_flops: FLOP/s of one device, if its model is known.
+        """
+        self._plan, self._distributed, self._flops_per_token = plan, distributed, flops_per_token
+        self._peak_flops = peak_flops and peak_flops * plan.num_processes
         self._pending: list[Step] = []
 
     def add(self, step: Step) -> None:
@@ -88,6 +93,7 @@ class Steps:
         """Of metrics.jsonl, for a step that has been read."""
         seconds = step.timer.seconds()
         speed = self._plan.tokens_at(step.number - 1) / seconds
+        flops = speed * self._flops_per_token(self._plan.sequence_length_at(step.number - 1))
         return {
             "step": step.number,
             "tokens": self._plan.tokens_after(step.number),
@@ -97,7 +103,7 @@ class Steps:
             "tokens_per_second": speed,
             "step_seconds": seconds,
             "data_wait_fraction": min(1.0, step.waited / seconds),
-            "mfu": self._mfu_per_token and speed * self._mfu_per_token,
+            "mfu": self._peak_flops and flops / self._peak_flops,
             "gpu_memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3) if self._distributed.cuda else None,
             "skipped": int(step.skipped),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -26,7 +27,7 @@ from recipe.files import write_json
 from recipe.initial_weights import load_initial_weights
 from recipe.inputs import Inputs
 from recipe.micro_batch import check_alike, predicted_memory
-from recipe.model import build_model
+from recipe.model import build_model, cut_rows
 from recipe.monitor.console import Console
 from recipe.monitor.live import LiveRun
 from recipe.monitor.metrics import MetricsLog, WallClock, format_duration, progress_line
@@ -60,7 +61,8 @@ class Run:
         self._recovery = Recovery(config)
         self._evaluation_due, self._evaluated = False, []
         self._lineage: list[int] = []
-        self._compiled = False
+        self._compiled: set[int] = set()
+        """Lengths of sequences that the model has been compiled for, if it is compiled."""
         self._validated: tuple[int, float] | None = None
         self._push: BackgroundPush | None = None
         """On rank 0, if the run is pushed."""
@@ -177,7 +179,8 @@ class Run:
                 f"{name}: {start.path} holds the state of {theirs}, not of {getattr(config, name)}; set {name} {theirs}"
             )
         self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
-        self._steps = Steps(self.plan, flops_per_token(config, self.encoder.vocab_size), self._peak_flops(), distributed)
+        flops = functools.partial(flops_per_token, config, self.encoder.vocab_size)
+        self._steps = Steps(self.plan, flops, self._peak_flops(), distributed)
         self.best_val_loss = float("inf")
         self._restore_history(state)
         if start:
@@ -367,16 +370,19 @@ class Run:
         rows = self.stream.next_batch(self.plan.rows_at(step))
         waited = time.perf_counter() - began
         values = hyperparameters(step, self.config, self.plan)
-        micro_batches = self.distributed.to_device(rows).split(self.config.micro_batch_size)
-        # The first step may compile for minutes.
-        self.watchdog.enter("train" if self._compiled else "first step", step)
+        length = self.plan.sequence_length_at(step)
+        micro_batches = [cut_rows(m, length) for m in self.distributed.to_device(rows).split(self.config.micro_batch_size)]
+        # The first step, and the first of a length, may compile for minutes.
+        self.watchdog.enter("train" if length in self._compiled else "first step", step)
+        if self.spikes and step and length != self.plan.sequence_length_at(step - 1):
+            self.spikes.forget()  # positions that were never trained raise the loss, and that is no spike
         limit = self.spikes.limit() if self.spikes else None
         result = self.engine.train_step(micro_batches, values, limit if self.config.spike_action == "skip" else None)
         if self.spikes:
             loss = self.distributed.mean(result.loss.clone())
             self.spikes.accept(loss, result.skipped + (loss > limit))
             result.limit = limit
-        self._compiled = True
+        self._compiled.add(length)
         timer.mark()
         self.step = step + 1
         rows = first_row, self.stream.rows - 1

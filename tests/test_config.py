@@ -516,6 +516,7 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "zero_init_projections": lambda rng: False,  # which init_from excludes
     "save_at": lambda rng: rng.choice([None, "7", "229,458"]),
     "batch_ramp": lambda rng: rng.choice([None, "1x1", "64x3, 128x2", "131_072x1000"]),
+    "sequence_ramp": lambda rng: rng.choice([None, "1x1", "1x3, 1x2"]),
     "max_hours": lambda rng: rng.choice([None, 0.5 + rng.random()]),
     "spike_threshold": lambda rng: 1 + rng.random(),
     "spike_window": lambda rng: 8 + rng.randrange(1000),

@@ -129,6 +129,7 @@ def _training(config: dict[str, Any], environment: dict[str, Any], records: list
         ramp = f" (ramped up by {config['batch_ramp']})" if config.get("batch_ramp") else ""
         name = "NorMuon" if config.get("muon_variant") == "normuon" else "Muon"  # older runs have no variant
         muon = f" ({name} {config['muon_learning_rate']:g})" if config["optimizer"] == "muon" else ""
+        shorter = f" (ramped up by {config['sequence_ramp']})" if config.get("sequence_ramp") else ""
         seconds = sum(r["step_seconds"] for r in training)
         lines += [
             f"- {last['tokens']:,} tokens in {last['step']:,} steps of {config['batch_tokens']:,} tokens{ramp}, "
@@ -136,7 +137,7 @@ def _training(config: dict[str, Any], environment: dict[str, Any], records: list
             *_cost(config, environment, seconds / 3600),
             f"- {config['optimizer']}, learning rate {config['learning_rate']:g}{muon}, {config['schedule']} schedule, "
             f"weight decay {config['weight_decay']:g}, gradient norm clipped at {config['max_grad_norm']:g}, "
-            f"{environment['precision']}, sequence length {config['sequence_length']}, seed {config['seed']}.",
+            f"{environment['precision']}, sequence length {config['sequence_length']}{shorter}, seed {config['seed']}.",
         ]
     lines.append(f"- Command: `{shlex.join(environment['command'])}`")
     if environment["commit"]:
