@@ -58,6 +58,7 @@ def open_stream(config: Config, exchange: Exchange | None = None) -> Iterator[tu
             exchange,
             config.data_workers,
             skip_rows=parse_ranges(config.skip_rows),
+            packing=config.packing,
         )
         try:
             yield stream, encoder

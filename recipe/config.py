@@ -59,6 +59,9 @@ class DataConfig:
     """Hub id or folder of a tokenizer, or `train:VOCAB_SIZE` for a byte-level BPE trained on the training text."""
     sequence_length: int = 1024
     """Targets a row; a row holds one token more."""
+    packing: typing.Literal["stream", "documents"] = "stream"
+    """stream: documents end to end, cut every sequence_length tokens, none left out. documents: a row begins at a document, or
+    goes on with one that fills it; what is left of a document that the row before has cut is left out, if it fills none."""
     max_epochs: int = 1
     """How often the text may be read. A run longer than that is refused before it starts."""
     skip_rows: str | None = None

@@ -131,9 +131,9 @@ def _show_batch(
         rows = read_validation_rows(validation, other, length, config.validation_tokens)
     else:
         rows, training = hold_out(training, encoder, length, config.validation_tokens)
-    say("text", check_length(training, encoder, length, plan.total_tokens, config.max_epochs))
+    say("text", check_length(training, encoder, length, plan.total_tokens, config.max_epochs, config.packing))
     say("validation", f"{len(rows) * length:,} tokens{' held out of it' if validation is None else ''}")
-    stream = RowStream(training, encoder, length, config.seed, config.max_epochs)
+    stream = RowStream(training, encoder, length, config.seed, config.max_epochs, packing=config.packing)
     batch = stream.next_batch(config.micro_batch_size)
     stream.close()
     say("first batch", f"{len(batch)} rows of {batch.shape[1]} tokens, tokenised by {encoder.engine}; their beginnings:")

@@ -315,7 +315,8 @@ def estimate(
         steps=plan.max_steps,
         tokens=tokens,
         data_tokens=text,
-        epochs=tokens / text if text else None,
+        # How much of the text other rows leave out depends on its documents; --dry_run looks at them.
+        epochs=tokens / text if text and config.packing == "stream" else None,
         flops=flops_of_run(config, plan, vocab_size),
         hours=hours,
         dollars=hours * price_per_hour if price_per_hour is not None else None,

@@ -43,9 +43,8 @@ class Inputs:
         self.vocab_encoder = Encoder(self.tokenizer)
         self.encoder = encoder_for(training, self.vocab_encoder, "data")
         self.validation_rows, self.training = self._split_validation(training, validation)
-        checked = distributed.on_main(
-            check_length, self.training, self.encoder, config.sequence_length, plan.total_tokens, config.max_epochs
-        )
+        length, tokens, epochs = config.sequence_length, plan.total_tokens, config.max_epochs
+        checked = distributed.on_main(check_length, self.training, self.encoder, length, tokens, epochs, config.packing)
         self.summary = f"{checked}; {self.validation_rows.shape[0] * config.sequence_length:,} validation tokens"
 
     @cached_property

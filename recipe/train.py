@@ -226,6 +226,7 @@ class Run:
                 state["data"] if state else None,
                 list(dict.fromkeys([*parse_ranges(config.skip_rows), *self._left_out])),
                 config.accept_other_data,
+                config.packing,
             )
         except ValueError as error:
             raise ConfigError(f"data: {error}; restore it, name another output_dir, or set accept_other_data") from error

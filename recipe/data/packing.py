@@ -1,4 +1,4 @@
-"""Documents to rows of one virtual shard: end-of-text, document, end-of-text, document ... without padding or loss."""
+"""Documents to rows of one virtual shard: end-of-text, document, end-of-text, document ... without padding."""
 
 from __future__ import annotations
 
@@ -122,37 +122,53 @@ class ShardPacker:
 
     def take(self, rows: int) -> np.ndarray:
         """The next buffered rows, [rows, sequence_length + 1]; `fill` must have promised them."""
-        needed = rows * self._length + 1
-        parts, found = [], 0
         with self._lock:
-            for block in self._blocks:
-                part = block.tokens[0 if parts else self._offset :][: needed - found]
-                parts.append(part)
-                found += len(part)
-                if found == needed:
-                    break
+            tokens = self._tokens(rows * self._length + 1)
             self._offset += rows * self._length
-            while self._offset >= len(self._blocks[0].tokens):
-                done = len(self._blocks.popleft().tokens)
-                self._offset -= done
-                self._buffered -= done
-        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            self._drop()
         # Overlapping windows; sliding_window_view takes 12 us for each of a batch's shards.
         size = tokens.itemsize
         return np.ndarray((rows, self._length + 1), tokens.dtype, tokens, strides=(self._length * size, size))
+
+    def _tokens(self, count: int) -> np.ndarray:
+        """The next `count` buffered tokens."""
+        parts, found = [], 0
+        for block in self._blocks:
+            part = block.tokens[0 if parts else self._offset :][: count - found]
+            parts.append(part)
+            found += len(part)
+            if found == count:
+                break
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _drop(self) -> int:
+        """Forget the blocks before the next row; the number of their tokens."""
+        dropped = 0
+        while self._blocks and self._offset >= len(self._blocks[0].tokens):
+            done = len(self._blocks.popleft().tokens)
+            self._offset -= done
+            dropped += done
+        self._buffered -= dropped
+        return dropped
+
+    def _begins(self, rows: int) -> list[int]:
+        """Where the next buffered rows begin in the buffered tokens."""
+        return [self._offset + row * self._length for row in range(rows)]
+
+    def _index(self, block: _Block) -> None:
+        """Take note of a block behind the buffered ones."""
 
     def spans(self, rows: int) -> list[list[tuple[Cursor, int]]]:
         """The documents of the next buffered rows: for each row the cursors and numbers of tokens that make it up."""
         spans: list[list[tuple[Cursor, int]]] = []
         with self._lock:
-            blocks = list(self._blocks)
+            blocks, begins = list(self._blocks), self._begins(rows)
         flat = [
             (replace(block.cursor, document=block.cursor.document + n), int(end - start))
             for block in blocks
             for n, (start, end) in enumerate(zip(block.starts, [*block.starts[1:], len(block.tokens)], strict=True))
         ]
-        for row in range(rows):
-            begin = self._offset + row * self._length
+        for begin in begins:
             end, position, parts = begin + self._length + 1, 0, []
             for cursor, size in flat:
                 first, last = max(begin, position), min(end, position + size)
@@ -184,7 +200,9 @@ class ShardPacker:
         tokens = np.concatenate(parts) if parts else None
         with self._lock:
             if tokens is not None:
-                self._blocks.append(_Block(position, tokens, np.cumsum(lengths) - lengths))
+                block = _Block(position, tokens, np.cumsum(lengths) - lengths)
+                self._index(block)
+                self._blocks.append(block)
                 self._buffered += len(tokens)
             self._next = behind
         return True
@@ -201,6 +219,69 @@ class ShardPacker:
                     yield _restore(document)
             skip = max(0, skip - len(window))
             index += 1
+
+
+class DocumentPacker(ShardPacker):
+    """Rows that begin at a document, or go on with one that fills them.
+
+    A row begins where the one before ended if a document begins there or goes on for a whole row, else at the next document:
+    less than a row of a document that was cut is left out. So no row begins with the end of something that it has not seen and
+    goes on with something else, and of long documents all but the end is read: to leave that out, too, would cost more than
+    half of a text whose documents are longer than a row.
+
+    The cursor stands at the last token taken, as ShardPacker's does; where the next row begins follows from it.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        # Counted from the first token that was ever buffered.
+        self._starts: deque[int] = deque()
+        """Of the buffered rows, and of the one behind them."""
+        self._position = self._offset
+        """Where the last of these ends."""
+        self._dropped = 0
+
+    @property
+    def buffered_rows(self) -> int:
+        return max(0, len(self._starts) - 1)
+
+    def take(self, rows: int) -> np.ndarray:
+        with self._lock:
+            begins = np.array(self._begins(rows)) - self._offset
+            end = int(begins[-1]) + self._length
+            tokens = self._tokens(end + 1)
+            for _ in range(rows):
+                self._starts.popleft()
+            self._offset += end
+            self._dropped += self._drop()
+        return tokens[begins[:, None] + np.arange(self._length + 1)]
+
+    def _begins(self, rows: int) -> list[int]:
+        return [start - self._dropped for start in islice(self._starts, rows)]
+
+    def _index(self, block: _Block) -> None:
+        first = self._dropped + self._buffered
+        ends = first + np.append(block.starts[1:], len(block.tokens))
+        self._position = find_starts(self._starts, self._position, first, ends, self._length)
+
+
+def find_starts(starts: deque[int], position: int, first: int, ends: np.ndarray, sequence_length: int) -> int:
+    """Where rows begin in further documents, as DocumentPacker cuts them.
+
+    Args:
+        starts: of the rows so far; those behind them are added, of which the last is not complete.
+        position: of the last token of the last row.
+        first: position of the documents' first token, `position` at most.
+        ends: positions behind the last token of each.
+    Returns:
+        the new `position`.
+    """
+    while position < ends[-1]:
+        document = int(np.searchsorted(ends, position, side="right"))
+        begin, end = ends[document - 1] if document else first, int(ends[document])
+        starts.append(position if position == begin or end - position >= sequence_length else end)
+        position = starts[-1] + sequence_length
+    return position
 
 
 def _shrink(document: Any) -> Any:

@@ -99,6 +99,7 @@ class BatchTracer:
             state={**start, "accepted": []},
             # As the run has them now: those of the configuration, of later starts and of rollbacks.
             skip_rows=self._positions[-1]["fingerprint"]["skip_rows"],
+            packing=self.config.packing,
         )
         for earlier in range(start["step"] + 1, step):
             stream.next_batch(plan.rows_at(earlier - 1))

@@ -1,9 +1,9 @@
 """The training rows in one global order, whatever the number of ranks.
 
 The units of the corpus are shuffled and dealt to virtual shards; rows are taken from the shards round robin; a shard that
-has no row left in an epoch is skipped. Row g of the run is therefore a function of the corpus, seed, sequence length and
-number of shards alone. A rank tokenises the shards that it owns. Row p of a batch goes to rank p mod ranks, which owns
-its shard as long as the ranks divide the shards and no shard has ended; otherwise the ranks exchange the rows.
+has no row left in an epoch is skipped. Row g of the run is therefore a function of the corpus, seed, sequence length,
+packing and number of shards alone. A rank tokenises the shards that it owns. Row p of a batch goes to rank p mod ranks,
+which owns its shard as long as the ranks divide the shards and no shard has ended; otherwise the ranks exchange the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from recipe.data.corpus import Corpus, DataError, Unit
 from recipe.data.order import ORDER_VERSION, permutation
-from recipe.data.packing import Cursor, ShardPacker
+from recipe.data.packing import Cursor, DocumentPacker, ShardPacker
 from recipe.tokenizer import Encoder
 
 MAX_SHARDS = 64
@@ -81,6 +81,7 @@ class RowStream:
         state: a `state()` of this or another topology to continue from.
         skip_rows: ranges (first, last) of rows, numbered through the run from 0, that are left out.
         accept_other_data: go on from a state of other data, as long as shards and rows have the same shape.
+        packing: how rows are cut: `stream` (ShardPacker) or `documents` (DocumentPacker).
     Raises:
         ValueError: if `state` belongs to another text, tokenizer, seed or sequence length; the difference is named.
     """
@@ -97,6 +98,7 @@ class RowStream:
         state: dict | None = None,
         skip_rows: Sequence[tuple[int, int]] = (),
         accept_other_data: bool = False,
+        packing: str = "stream",
     ):
         self._corpus, self._seed, self._max_epochs = corpus, seed, max_epochs
         self._skip_rows = [(first, last) for first, last in skip_rows]
@@ -115,6 +117,8 @@ class RowStream:
             "order_version": ORDER_VERSION,
             "skip_rows": [list(span) for span in skip_rows],
         }
+        if packing != "stream":
+            self.fingerprint["packing"] = packing
         self._permutations: dict[int, np.ndarray] = {}
         self._epoch, self._pointer, self.rows = 0, 0, 0
         self._finished = np.zeros(self.num_shards, dtype=bool)
@@ -123,8 +127,9 @@ class RowStream:
             cursors = self._restore(state)
         rank, ranks = self._exchange.rank, self._exchange.num_ranks
         self._cursors = cursors
+        packer = {"stream": ShardPacker, "documents": DocumentPacker}[packing]
         self._packers = {
-            shard: ShardPacker(corpus, encoder, sequence_length, self._units_of(shard), self.document_order, cursors[shard])
+            shard: packer(corpus, encoder, sequence_length, self._units_of(shard), self.document_order, cursors[shard])
             for shard in range(rank, self.num_shards, ranks)
         }
         threads = max(workers, HUB_THREADS) if corpus.over_network else workers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -12,6 +13,7 @@ import numpy as np
 
 from recipe.config import ConfigError
 from recipe.data.corpus import Corpus
+from recipe.data.packing import find_starts
 from recipe.data.prepared import PreparedCorpus
 from recipe.data.stream import number_of_shards
 from recipe.tokenizer import Encoder
@@ -123,7 +125,29 @@ def count_tokens(corpus: Corpus, encoder: Encoder) -> tuple[int, bool]:
     return int(corpus.text_bytes * tokens / max(1, unit_bytes)), False
 
 
-def check_length(corpus: Corpus, encoder: Encoder, sequence_length: int, planned_tokens: int, max_epochs: int) -> str:
+def share_in_rows(corpus: Corpus, encoder: Encoder, sequence_length: int) -> float:
+    """Share of the text's tokens that rows which begin at documents train on: of a small text, or of a sample, in its order.
+
+    Raises:
+        ConfigError: if that doesn't fill a row.
+    """
+    small = corpus.text_bytes <= EXACT_COUNT_BYTES
+    starts, position, tokens = deque(), 0, 0
+    for unit in corpus.units if small else corpus.units[:: max(1, len(corpus.units) // 8)][:8]:
+        documents = list(corpus.read(unit))
+        lengths = [len(ids) for ids in encoder.encode(documents[:: 1 if small else max(1, len(documents) // 200)])]
+        if lengths:
+            ends = tokens + np.cumsum(lengths)
+            position = find_starts(starts, position, tokens, ends, sequence_length)
+            tokens = int(ends[-1])
+    if len(starts) < 2:
+        raise ConfigError(f"data: {corpus.name} does not fill a row of {sequence_length}; lower sequence_length")
+    return (len(starts) - 1) * sequence_length / starts[-1]
+
+
+def check_length(
+    corpus: Corpus, encoder: Encoder, sequence_length: int, planned_tokens: int, max_epochs: int, packing: str = "stream"
+) -> str:
     """A line that says how much text there is for the run.
 
     Each shard may leave over less than a row at the end, and its first token is no target.
@@ -134,14 +158,18 @@ def check_length(corpus: Corpus, encoder: Encoder, sequence_length: int, planned
     tokens, exact = count_tokens(corpus, encoder)
     if not tokens:
         raise ConfigError(f"data: {corpus.name} holds no text to train on")
+    in_rows = ""
+    if packing == "documents":
+        share = share_in_rows(corpus, encoder, sequence_length)
+        tokens, exact, in_rows = int(tokens * share), False, f" in rows ({share:.0%} of the text, the rest is left out)"
     epochs = planned_tokens / tokens
     about = "" if exact else "about "
     left_over = number_of_shards(corpus) * sequence_length
     if planned_tokens > tokens * max_epochs - left_over:
         needed = math.ceil((planned_tokens + left_over) / tokens)
         raise ConfigError(
-            f"max_epochs: the run takes {planned_tokens:,} tokens and {corpus.name} holds {about}{tokens:,}: that is "
+            f"max_epochs: the run takes {planned_tokens:,} tokens and {corpus.name} holds {about}{tokens:,}{in_rows}: that is "
             f"{epochs:.2f} epochs, of which {left_over:,} tokens may be left over, and max_epochs is {max_epochs}; set "
             f"--max_epochs {needed}, or train fewer tokens"
         )
-    return f"{about}{tokens:,} training tokens an epoch, {epochs:.2f} epochs planned"
+    return f"{about}{tokens:,} training tokens an epoch{in_rows}, {epochs:.2f} epochs planned"
