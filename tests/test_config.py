@@ -522,6 +522,7 @@ EXTREMES: dict[str, typing.Callable[[random.Random], object]] = {
     "spike_window": lambda rng: 8 + rng.randrange(1000),
     "push_to_hub": lambda rng: rng.choice([None, "user/name", "1e3/0x1f", "no/null"]),
     "push_every": lambda rng: 0,
+    "keep_model": lambda rng: True,  # which push_to_hub demands
     "dry_run": lambda rng: False,
     "name": lambda rng: "round",
 }
@@ -593,7 +594,10 @@ def test_help_of_the_script_is_light():
     [
         (["--push_to_hub", "name"], "push_to_hub: 'name' does not say where to; write it as USER/NAME"),
         (["--push_to_hub", "https://hub/a/b"], "push_to_hub: 'https://hub/a/b' does not say where to; write it as USER/NAME"),
-        (["--push_to_hub", "a/b", "--keep_model", "false"], "keep_model: false leaves nothing to push to push_to_hub"),
+        (
+            ["--push_to_hub", "a/b", "--keep_model", "false"],
+            "keep_model: false leaves nothing to push to push_to_hub; drop one of the two",
+        ),
         (["--push_every", "500"], "push_every: there is nowhere to push to; give push_to_hub USER/NAME"),
         (["--push_to_hub", "a/b", "--push_every", "300"], "push_every: 300 is not a multiple of save_every 500"),
         (
