@@ -137,6 +137,15 @@ def test_it_follows_a_run_into_a_pipe(tmp_path):
     assert process.returncode == 1
 
 
+def test_a_run_that_ends_between_two_looks_is_not_gone(tmp_path):
+    run = write_run(tmp_path / "run", 60, records=records(3), state="running", step=3)
+    trainer = Trainer(run)
+    record = RunRecord.read(run)
+    assert record.state() == "running"
+    trainer.end("failed", 5, "TrainingError: the gradient was not finite", 0)
+    assert record.state_line() == "failed at step 5 on rank 0: TrainingError: the gradient was not finite"
+
+
 def test_it_follows_a_run_in_a_terminal(tmp_path):
     run = write_run(tmp_path / "run", 60, records=records(3), state="running", step=3)
     trainer = Trainer(run)

@@ -169,11 +169,17 @@ class RunRecord:
         """running, finished, stopped, failed; `gone` if the run has not said how it ended and no process trains; `starting`
         before it has said anything."""
         state = self.status.get("state", "starting")
-        return "gone" if state == "running" and not is_locked(self.path) else state
+        if state == "running" and not is_locked(self.path):
+            # A process lets go of its folder last: it may have said how it ended since its status was read.
+            self.status = read_json(self.path / "status.json")
+            state = self.status.get("state", "starting")
+            return "gone" if state == "running" else state
+        return state
 
     def state_line(self) -> str:
         """The state in a sentence, with the reason if there is one."""
-        status, state = self.status, self.state()
+        state = self.state()
+        status = self.status
         at = f"at step {status.get('step', 0):,}"
         reason = f": {status['reason']}" if status.get("reason") else ""
         if state == "failed":
