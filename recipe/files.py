@@ -46,6 +46,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file; empty if there is none or it is not whole."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file with a JSON object a line; none if it does not exist, and without a line cut off by a crash."""
     records = []

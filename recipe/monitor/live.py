@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from recipe.config import Config
-from recipe.files import read_json_lines
+from recipe.files import read_json, read_json_lines
 from recipe.monitor.metrics import WallClock, format_duration
-from recipe.monitor.run_record import read_json
 from recipe.monitor.view import Glyphs, Line, View
 from recipe.plan import Plan
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from recipe.config import Config, ConfigError
-from recipe.files import read_json_lines
+from recipe.files import read_json, read_json_lines
 from recipe.parsing import parse_config
 from recipe.plan import Plan, make_plan
 
@@ -205,15 +205,6 @@ def check_run(path: Path) -> None:
     hint = f"there are {', '.join(near[:5])}" if near else "a run is a folder that pretrain.py writes, such as runs/quickstart"
     what = "holds no run (no config.yaml)" if path.is_dir() else "no such run"
     raise ConfigError(f"{path}: {what}; {hint}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file; empty if there is none or it is not whole."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def is_locked(run: Path) -> bool:

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from recipe.files import read_json
 from recipe.monitor.console import Terminal
 from recipe.monitor.live import new_view, newest_sample
 from recipe.monitor.metrics import format_duration, progress_line
-from recipe.monitor.run_record import RunRecord, read_json
+from recipe.monitor.run_record import RunRecord
 from recipe.monitor.view import Glyphs, Line, View, paint
 
 EXIT_CODES = {"finished": 0, "running": 0, "starting": 0, "stopped": 75}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import NOT_PART_OF_THE_RUN, ConfigError
-from recipe.files import read_json_lines
+from recipe.files import read_json, read_json_lines
 from recipe.search.trials import TEXT_FIELDS, Job, Stage, Trial
 
 Record = dict[str, Any]
@@ -104,8 +104,8 @@ def make_record(
         log: what the run has printed.
         text_tokens: of one pass over the text, if known.
     """
-    environment = _read_json(folder / "environment.json")
-    status = _read_json(folder / "status.json")
+    environment = read_json(folder / "environment.json")
+    status = read_json(folder / "status.json")
     metrics = read_json_lines(folder / "metrics.jsonl")
     training = [r for r in metrics if "train_loss" in r]
     validation = [r for r in metrics if r.get("val_loss") is not None]
@@ -182,10 +182,3 @@ def _reason(status: dict, exit_code: int, log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
     said = [line.strip() for line in lines if line.strip()]
     return f"exit code {exit_code}: {said[-1] if said else 'nothing was printed'}"
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
