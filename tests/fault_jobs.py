@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -11,13 +10,9 @@ import time
 from pathlib import Path
 
 from fault_rank import run_rank
+from forked import context
 from launch import TINY, options, read_ledger
 from recipe.files import sha256
-
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-os.environ["DS_ACCELERATOR"] = "cpu"
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["fault_rank", "stream_rank", "accelerate"])
 
 STEPS = 12
 SMALL = TINY | {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,18 +15,13 @@ import pytest
 
 from conftest import make_documents
 from corpus_helpers import write_jsonl, write_parquet
+from forked import context
 from launch import read_ledger
 from recipe.tokenizer import train_tokenizer
 from stream_rank import LENGTH, ROWS, STEPS, read
 
 WORLDS, WORKERS = (1, 2, 4), (0, 1, 3)
 PAIRS = list(itertools.product(WORLDS, WORKERS))
-
-# Ranks are forked from a server that has imported everything: a start costs a second instead of six. The server looks for
-# the modules in PYTHONPATH alone and passes over in silence what it does not find.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["stream_rank", "accelerate"])
 
 
 @pytest.fixture(scope="module")
