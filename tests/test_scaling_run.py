@@ -239,7 +239,9 @@ def test_all_stages_on_two_cpu_processes(tmp_path: Path, fineweb_folder: Path) -
         assert row["tokens_per_second"] == pytest.approx(1024 / row["step_ms"] * 1000)
     for row in found["profile"]["rows"]:
         every = row["all"]
-        assert row["ranks"] == 2 and every["calls"] > 0 and 0 < every["exposed_ms"] <= every["ms"] <= row["span_ms"]
+        assert row["ranks"] == 2 and every["calls"] > 0
+        # Sums of the same times in another order may round the other way.
+        assert 0 < every["exposed_ms"] <= every["ms"] + 1e-9 <= row["span_ms"] + 1e-6
         assert row["all-reduce"]["calls"] > 0
     (losses,) = found["losses"]["rows"]
     assert losses["steps"] == 40 and losses["first_loss"] - losses["last_loss"] > 0.3, "it must learn"
