@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipe.data.corpus import Corpus, open_corpora
+from recipe.data.corpus import Corpus, DataError, open_corpora
+from recipe.data.packing import ShardPacker
+from recipe.data.stream import RowStream
 
 
 def write_jsonl(path: Path, texts: Iterable[Any], key: str = "text") -> Path:
@@ -107,3 +110,29 @@ def run_ranks(num_ranks: int, function: Callable[[ThreadExchange], Any], timeout
         thread.join(timeout * 2)
         assert not thread.is_alive(), "a rank hangs"
     return results
+
+
+def rows_until_the_end(stream: RowStream, batch: int = 1) -> list[list[int]]:
+    """All rows of the run from here on."""
+    rows = []
+    while True:
+        try:
+            rows += stream.next_batch(batch).tolist()
+        except DataError:
+            return rows
+
+
+def take_restarting(make_packer: Callable[..., ShardPacker], epochs: int, seed: int) -> list[list[int]]:
+    """All rows of some epochs, a few at a time, often by a new packer that is made from the last one's cursor."""
+    rng = random.Random(seed)
+    packer, rows, epoch = make_packer(), [], 0
+    while epoch < epochs:
+        if rng.random() < 0.5:
+            position = packer.cursor
+            packer = make_packer(position)
+            assert packer.cursor == position
+        wanted = rng.randrange(1, 4)
+        count = packer.fill(wanted, epoch)
+        rows += packer.take(count).tolist() if count else []
+        epoch += count < wanted
+    return rows

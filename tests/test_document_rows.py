@@ -10,11 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus_helpers import NumberEncoder, ThreadExchange, numbered_corpus, open_training, read_all, run_ranks, write_parquet
+from corpus_helpers import (
+    NumberEncoder,
+    ThreadExchange,
+    numbered_corpus,
+    open_training,
+    read_all,
+    rows_until_the_end,
+    run_ranks,
+    take_restarting,
+    write_parquet,
+)
 from launch import PRETRAIN, TINY, environment, launch, losses, metrics, options
 from recipe.config import Config, ConfigError
 from recipe.data import packing
-from recipe.data.corpus import Corpus, DataError, Unit, open_corpora
+from recipe.data.corpus import Corpus, Unit, open_corpora
 from recipe.data.packing import Cursor, DocumentPacker
 from recipe.data.prepared import encoder_for
 from recipe.data.provenance import BatchTracer
@@ -78,15 +88,6 @@ def make_stream(corpus: Corpus, exchange: ThreadExchange | None = None, **fields
     return RowStream(corpus, exchange=exchange, **{"packing": "documents"} | fields)
 
 
-def rows_until_the_end(stream: RowStream, batch: int = 1) -> list[list[int]]:
-    rows = []
-    while True:
-        try:
-            rows += stream.next_batch(batch).tolist()
-        except DataError:
-            return rows
-
-
 # --- a shard ------------------------------------------------------------------------------------------------------
 
 
@@ -127,18 +128,8 @@ def test_a_new_packer_goes_on_from_any_cursor(tmp_path, monkeypatch, order, leng
     monkeypatch.setattr(packing, "SHUFFLE_WINDOW", 2)
     monkeypatch.setattr(NumberEncoder, "chunk", 3)
     whole = take_all(make_packer(corpus, length, order), epochs=2)
-    rng = random.Random(length)
-    packer, rows, epoch = make_packer(corpus, length, order), [], 0
-    while epoch < 2:
-        if rng.random() < 0.5:
-            position = packer.cursor
-            packer = make_packer(corpus, length, order, position)
-            assert packer.cursor == position
-        wanted = rng.randrange(1, 4)
-        count = packer.fill(wanted, epoch)
-        rows += packer.take(count).tolist() if count else []
-        epoch += count < wanted
-    assert rows == whole
+    again = take_restarting(lambda *cursor: make_packer(corpus, length, order, *cursor), epochs=2, seed=length)
+    assert again == whole
 
 
 def test_filling_ahead_moves_neither_cursor_nor_rows(corpus: Corpus) -> None:

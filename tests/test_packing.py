@@ -1,13 +1,12 @@
 """One shard: its rows chained are its documents, from whatever point it begins."""
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from corpus_helpers import NumberEncoder, numbered_corpus, open_training, read_all, write_jsonl, write_parquet
+from corpus_helpers import NumberEncoder, numbered_corpus, open_training, read_all, take_restarting, write_jsonl, write_parquet
 from recipe.data import packing
 from recipe.data.corpus import Corpus, Unit
 from recipe.data.packing import Cursor, ShardPacker
@@ -152,18 +151,8 @@ def test_a_new_packer_goes_on_from_any_cursor(tmp_path, monkeypatch, order, leng
     monkeypatch.setattr(packing, "SHUFFLE_WINDOW", 2)
     monkeypatch.setattr(NumberEncoder, "chunk", 3)
     whole = list(take_all(make_packer(corpus, length, order), epochs=2))
-    rng = random.Random(length)
-    packer, rows, epoch = make_packer(corpus, length, order), [], 0
-    while epoch < 2:
-        if rng.random() < 0.5:
-            position = packer.cursor
-            packer = make_packer(corpus, length, order, position)
-            assert packer.cursor == position
-        wanted = rng.randrange(1, 4)
-        count = packer.fill(wanted, epoch)
-        rows += packer.take(count).tolist() if count else []
-        epoch += count < wanted
-    assert rows == whole
+    again = take_restarting(lambda *cursor: make_packer(corpus, length, order, *cursor), epochs=2, seed=length)
+    assert again == whole
 
 
 def test_cursor_says_where_the_next_row_begins(corpus):

@@ -22,6 +22,7 @@ from corpus_helpers import (
     numbered_documents,
     open_training,
     read_all,
+    rows_until_the_end,
     run_ranks,
     write_jsonl,
     write_parquet,
@@ -75,15 +76,6 @@ def reference(corpus) -> list[list[int]]:
 def make_stream(corpus: Corpus, exchange: ThreadExchange | None = None, **options) -> RowStream:
     options = {"encoder": NumberEncoder(), "sequence_length": LENGTH, "seed": 5, "max_epochs": EPOCHS, **options}
     return RowStream(corpus, exchange=exchange, **options)
-
-
-def rows_until_the_end(stream: RowStream, batch: int = 1) -> list[list[int]]:
-    rows = []
-    while True:
-        try:
-            rows += stream.next_batch(batch).tolist()
-        except DataError:
-            return rows
 
 
 def token_count(corpus: Corpus) -> int:
