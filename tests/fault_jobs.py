@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
 from fault_rank import run_rank
 from forked import context
-from launch import TINY, options, read_ledger
+from launch import TINY, free_port, options, read_ledger
 from recipe.files import sha256
 
 STEPS = 12
@@ -20,12 +19,6 @@ SMALL = TINY | {
     "warmup_steps": 3, "validation_tokens": 512, "keep_checkpoints": 99, "keep_best": "false", "precision": "fp32",
     "data_workers": 0, "max_epochs": 50,
 }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 class Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,12 @@ TINY = {
 def options(**fields: object) -> list[str]:
     """Fields as command-line words."""
     return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def accelerate_command(accelerate_file: str, *arguments: str, script: str = PRETRAIN) -> list[str]:

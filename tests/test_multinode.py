@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -12,17 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import PRETRAIN, ROOT, TINY, environment, kill_all, launch, losses, options
+from launch import PRETRAIN, ROOT, TINY, environment, free_port, kill_all, launch, losses, options
 from recipe.nodes import Node
 
 MULTINODE = ROOT / "configs" / "accelerate" / "multinode-zero1.yaml"
 STEPS = 20
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def commands(*arguments: str) -> list[list[str]]:

@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fault_jobs import free_port
 from hub_server import Fault, HubServer, Request, client_environment
-from launch import ROOT, TINY, accelerate_command, environment, options
+from launch import ROOT, TINY, accelerate_command, environment, free_port, options
 from recipe.config import Config
 from recipe.estimate import GIB, USABLE_MEMORY, memory_by_part, micro_batches
 from recipe.remedies import Remedy, Situation, explain

@@ -26,6 +26,7 @@ import pytest
 
 from corpus_helpers import open_training
 from hub_server import Fault, HubServer, Request, first
+from launch import free_port
 from recipe.data import remote
 from recipe.data.corpus import Corpus, DataError
 from recipe.data.remote import BUFFER_BYTES, RemoteFile, RemoteReadError, RetryPolicy
@@ -233,11 +234,6 @@ def test_503_for_a_second(hub: HubServer) -> None:
     assert read(open_remote(hub.endpoint)) == CONTENT[START:STOP]
     assert 1 <= time.monotonic() - began < 2
     assert {request.status for request in hub.requests[:-1]} == {503} and len(hub.requests) > 3
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def test_connection_refused(monkeypatch: pytest.MonkeyPatch) -> None:

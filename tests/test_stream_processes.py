@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from conftest import make_documents
 from corpus_helpers import write_jsonl, write_parquet
 from forked import context
-from launch import read_ledger
+from launch import free_port, read_ledger
 from recipe.tokenizer import train_tokenizer
 from stream_rank import LENGTH, ROWS, STEPS, read
 
@@ -35,12 +34,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     tokenizer = folder.parent / "tokenizer"
     train_tokenizer(texts, 400).save_pretrained(tokenizer)
     return str(folder), str(tokenizer)
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def start(pair: tuple[int, int], inputs: tuple[str, str], folder: Path, pause: float = 0) -> list:
