@@ -19,6 +19,7 @@ from torch.profiler import record_function
 
 from recipe.config import Config
 from recipe.distributed import Distributed
+from recipe.gradient_sums import GradientSums
 from recipe.kernels import choose_kernels
 from recipe.model import PretrainingModel
 from recipe.optim.groups import ParameterGroup, make_optimizer, parameter_groups, set_hyperparameters
@@ -168,6 +169,9 @@ class ReplicatedEngine(Engine):
         model.to(distributed.device, torch.bfloat16 if precision == "bf16" else torch.float32)
         super().__init__(model, config, plan, distributed, precision)
         self._groups = [_FlatGroup(group, distributed) for group in self.parameter_groups]
+        self._sums = None
+        if precision == "bf16":
+            self._sums = GradientSums(pair for group in self._groups for pair in group.parameters_and_sums)
         options = [{"params": [flat.masters], **flat.group.options()} for flat in self._groups]
         self.optimizer = make_optimizer(options, config, precision, distributed.rank, distributed.num_ranks, distributed.cuda)
         for flat in self._groups:
@@ -183,8 +187,8 @@ class ReplicatedEngine(Engine):
             if number == len(micro_batches):
                 loss = self._gate(loss, total, limit)
             loss.backward()
-            for group in self._groups:
-                group.accumulate()
+            if self._sums:
+                self._sums.add()
         with record_function(OPTIMIZER):
             return self._update(total, values)
 
@@ -256,8 +260,9 @@ class _FlatGroup:
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
         self._in_place = self.weights.dtype == torch.float32
         self.masters = self.own(self.weights) if self._in_place else self.own(self.weights).float()
-        self._gradient_views = [view for _, view in self.named_views(self.gradients)]
-        for (_, view), gradient, p in zip(self.named_views(self.weights), self._gradient_views, parameters, strict=True):
+        sums = [view for _, view in self.named_views(self.gradients)]
+        self.parameters_and_sums = list(zip(parameters, sums, strict=True))
+        for (_, view), gradient, p in zip(self.named_views(self.weights), sums, parameters, strict=True):
             p.data = view
             if self._in_place:
                 p.grad = gradient  # backward adds straight into the sums
@@ -279,15 +284,6 @@ class _FlatGroup:
         parts = flat[: self._size].split([p.numel() for _, p in self.named])
         for (name, p), part in zip(self.named, parts, strict=True):
             yield name, part.view_as(p)
-
-    @torch.no_grad()
-    def accumulate(self) -> None:
-        """Add the bf16 gradients of a backward to the fp32 sums and drop them."""
-        if self._in_place:
-            return
-        torch._foreach_add_(self._gradient_views, [p.grad for _, p in self.named])
-        for _, p in self.named:
-            p.grad = None
 
     @torch.no_grad()
     def masters_to_weights(self) -> None:

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from recipe.config import Config
 from recipe.distributed import Distributed
 from recipe.engine import OPTIMIZER, Engine, StepResult
+from recipe.gradient_sums import GradientSums
 from recipe.model import PretrainingModel
 from recipe.optim.groups import make_optimizer, set_hyperparameters
 from recipe.optim.muon import initial_state
@@ -56,7 +57,12 @@ class Zero1Engine(Engine):
             self.optimizer.state[masters] = initial_state(group.algorithm, masters)
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         if precision == "bf16":
-            self.engine.optimizer.step = self._update
+            # DeepSpeed copies and adds one gradient after another, and zeroes them for the next backward to add to.
+            optimizer = self.engine.optimizer
+            groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+            sums = GradientSums(pair for group in groups for pair in zip(*group, strict=True))
+            optimizer.update_hp_grads = lambda clear_lp_grads=False: sums.add()
+            optimizer.step = self._update
 
     def train_step(
         self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters, limit: torch.Tensor | None = None
@@ -154,6 +160,8 @@ def deepspeed_config(config: Config, plan: Plan, precision: str) -> dict[str, An
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
+        # On by default, and it waits for the device before every micro-step: 3 ms of idling each on an H100.
+        "timers": {"throughput": {"enabled": False}},
     }
     if precision == "bf16":
         result["bf16"] = {"enabled": True}

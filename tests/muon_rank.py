@@ -90,6 +90,18 @@ def count_work(engine: Engine, config: Config, step: int) -> list[int]:
     return engine.distributed.sum(work).tolist()
 
 
+def count_waits(engine: Engine, config: Config, first: int, last: int) -> int:
+    """How often DeepSpeed waits for the device within steps."""
+    from deepspeed.accelerator import get_accelerator
+
+    waits: list[int] = []
+    accelerator = get_accelerator()
+    accelerator.synchronize = lambda *_: waits.append(1)
+    train(engine, config, first, last)
+    del accelerator.synchronize
+    return len(waits)
+
+
 def main(folder: Path, precision: str, variant: str) -> None:
     distributed = Distributed()
     torch.set_num_threads(1)  # two threads on a busy machine wait for each other more than they compute
@@ -128,6 +140,8 @@ def main(folder: Path, precision: str, variant: str) -> None:
 
     if variant == "muon":
         results["work"] = count_work(engine, config, 1)
+        if distributed.deepspeed:
+            results["waits"] = count_waits(engine, config, 1, 3)
         engine.load_full_state(start)
         engine.optimizer.ns_dtype = torch.bfloat16
         results["history_bf16"] = train(engine, config, 0, LONG)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from launch import free_port
 from recipe.kernels import Kernels, choose_kernels
 from recipe.optim.schedule import Hyperparameters
 from recipe.plan import load_run
@@ -45,6 +46,28 @@ def test_head_agrees_with_fp64(dtype: torch.dtype, head: str, loss_bound: float,
     print(head, dtype, "relative errors of losses, grad of hidden, grad of weight:", *(f"{e:.1e}" for e in errors))
     assert errors[0] < loss_bound and max(errors[1:]) < gradient_bound
     assert ours[2][VOCAB:].abs().max() == 0
+
+
+def test_gradient_sums_are_those_of_torch() -> None:
+    from recipe.gradient_sums import GradientSums
+
+    shapes = [(50304, 768), (768,), (3, 5), (1,), (768, 3072)]  # the third and fourth are shorter than what a thread reads
+    flat = torch.empty(sum(-(-torch.Size(shape).numel() // 8) * 8 for shape in shapes), device="cuda").normal_()
+    sums, offset = [], 0
+    for shape in shapes:
+        sums.append(flat[offset : offset + torch.Size(shape).numel()].view(shape))
+        offset += -(-torch.Size(shape).numel() // 8) * 8
+    parameters = [torch.nn.Parameter(torch.zeros(shape, device="cuda", dtype=torch.bfloat16)) for shape in shapes]
+    ours, expected = GradientSums(zip(parameters, sums, strict=True)), flat.clone()
+    assert ours._kernel is not None
+    for step in range(3):
+        for p, total in zip(parameters, sums, strict=True):
+            begin = step // 2  # the third time where the kernel cannot read
+            p.grad = torch.randn(p.numel() + 1, device="cuda").bfloat16()[begin : begin + p.numel()].view_as(p)
+            expected.as_strided(total.shape, total.stride(), total.storage_offset()).add_(p.grad)
+        ours.add()
+        assert all(p.grad is None for p in parameters)
+        assert torch.equal(flat, expected)  # what lies between them is untouched too
 
 
 def gradients(model, rows: torch.Tensor, plain: bool) -> dict[str, torch.Tensor]:
@@ -86,19 +109,42 @@ CANDIDATES = """--cautious_weight_decay true --embedding_learning_rate 1e-3 --ze
     --optimizer muon --muon_variant normuon --muon_weight_decay 0.1""".split()
 
 
-@pytest.fixture(params=[[], CANDIDATES], ids=["default", "candidates"])
-def engine(request: pytest.FixtureRequest):
+@pytest.fixture(
+    params=[("false", []), ("false", CANDIDATES), ("true", []), ("true", CANDIDATES)],
+    ids=["one-process", "one-process-candidates", "zero1", "zero1-candidates"],
+)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    from accelerate.state import AcceleratorState
+
     from recipe.distributed import Distributed
     from recipe.engine import make_engine
     from recipe.model import build_model
 
+    zero1, more = request.param
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", zero1)
+    if zero1 == "true":
+        pytest.importorskip("deepspeed")
+        as_launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        for name, value in as_launched.items():
+            monkeypatch.setenv(name, str(value))
+
     words = ["configs/gpt2-124m.yaml", "--n_layer", "2", "--batch_tokens", "32768", "--micro_batch_size", "8"]
-    config, plan = load_run([*words, "--max_steps", "100", "--warmup_steps", "2", *request.param], 1)
-    return make_engine(build_model(config, VOCAB, 50256), config, plan, Distributed(), "bf16")
+    config, plan = load_run([*words, "--max_steps", "100", "--warmup_steps", "2", *more], 1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    engine = make_engine(build_model(config, VOCAB, 50256), config, plan, Distributed(), "bf16")
+    assert type(engine).__name__ == ("Zero1Engine" if zero1 == "true" else "ReplicatedEngine")
+    yield engine
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-def test_a_step_neither_syncs_nor_recompiles(engine) -> None:
+def test_a_step_neither_syncs_nor_recompiles(engine, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a step waits for the device")
 
     rows = torch.randint(0, VOCAB, (32, 1025), device="cuda")
 
@@ -112,8 +158,10 @@ def test_a_step_neither_syncs_nor_recompiles(engine) -> None:
     assert graphs > 0 and not counters["graph_break"]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            step()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "synchronize", refuse)  # which the debug mode does not see
+            for _ in range(3):
+                step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     engine.losses(rows[:8])

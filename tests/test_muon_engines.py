@@ -66,6 +66,10 @@ def test_the_work_is_shared_out(results, accelerate_file: str) -> None:
     assert sorted(work) == ([18] if accelerate_file == "cpu" else [8, 10]), work
 
 
+def test_deepspeed_does_not_wait_for_the_device(results) -> None:
+    assert results("2cpu-zero1", "fp32")["waits"] == 0
+
+
 # --- state --------------------------------------------------------------------------------------------------------
 
 
