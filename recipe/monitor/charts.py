@@ -73,7 +73,13 @@ class Chart:
         values = [y for _, y in points] + ([] if hide_start else [level for _, level in self.levels])
         low, high = min(values, default=0.0), max(values, default=1.0)
         if hide_start:
-            late = [y for x, y in points if x >= 0.05 * self.x_max]
+            # Each line's own start: against time a run's first step comes only after its set-up.
+            late = [
+                y
+                for s in self.series
+                for x, y in zip(s.x, s.y, strict=True)
+                if s.x[0] + 0.05 * (self.x_max - s.x[0]) <= x <= self.x_max
+            ]
             top = low + 1.1 * (max(late, default=high) - low)
             if high - low > 1.3 * (top - low) > 0:
                 high = top
@@ -88,6 +94,21 @@ class Chart:
     def x_end(self) -> float:
         """Where the axis ends."""
         return 1.02 * self.x_max
+
+    def level_side(self, level: float) -> str:
+        """left or right: where the words on a horizontal reference have more room to the nearest points."""
+
+        def room(side: str) -> float:
+            near = [
+                abs(y - level)
+                for s in self.series
+                for values in (s.y, s.low, s.high)
+                for x, y in zip(s.x, values, strict=False)
+                if (x <= self.x_end / 3 if side == "left" else 2 * self.x_end / 3 <= x <= self.x_end)
+            ]
+            return min(near, default=math.inf)
+
+        return max(("left", "right"), key=room)
 
     def y_ticks(self) -> list[tuple[float, str]]:
         """Where the axis of y has ticks, and what stands there."""

@@ -89,6 +89,11 @@ class Figures:
     def _time(self, run: RunRecord, record: dict[str, Any]) -> float:
         return run.seconds_at(record, self._wall) / self._scale
 
+    def _time_of_next(self, run: RunRecord, record: dict[str, Any]) -> float:
+        """When the step after a record's began: after a restart, later than the record by what was lost and the set-up."""
+        after = next((r for r in run.training if r["step"] > record["step"]), None)
+        return self._time(run, record) if after is None else self._time(run, after) - after["step_seconds"] / self._scale
+
     def _marks(self, position: Callable[[RunRecord, dict], float]) -> list[float]:
         """Where the run went on after an interruption; of several runs only their table tells."""
         if len(self.runs) > 1:
@@ -105,13 +110,14 @@ class Figures:
     def _loss(self, name: str, title: str, label: str, unit: str, position: Callable[[RunRecord, dict], float]) -> Chart:
         chart = Chart(name, title, label, "nats a token", unit, "{:.2f}")
         chart.header = ["run", "step", label, "training loss", "validation loss"]
+        widths = []
         for n, run in enumerate(self.runs):
             x, y = [position(run, r) for r in run.training], [r["train_loss"] for r in run.training]
             line, width = steps_series(self._label("training", n), x, y, n, faint=True)
             if len(self.runs) > 1:
                 line.low, line.high = [], []
             chart.series.append(line)
-            _note_width(chart, width, self._label("Training loss", n), bool(line.low))
+            widths.append(width)
             validation = run.having("val_loss")
             x, y = [position(run, r) for r in validation], [r["val_loss"] for r in validation]
             chart.series.append(Series(self._label("validation", n), x, y, n, dots=True))
@@ -124,7 +130,8 @@ class Figures:
                 ]
                 for step, r in sorted(shown.items())
             ]  # fmt: skip
-        chart.marks = self._marks(position)
+        self._note_widths(chart, widths, "Training loss: a")
+        chart.marks = self._marks(position if unit == "tokens" else self._time_of_next)
         self._add_llmc(chart, unit)
         return chart.fit(hide_start=True)
 
@@ -132,7 +139,7 @@ class Figures:
         if not self._llmc:
             chart.notes.append("llm.c's curves are left out: they are of FineWeb, and losses of other texts do not compare.")
             return
-        for n, (machine, points) in enumerate(LLMC_CURVES.items()):
+        for machine, points in LLMC_CURVES.items():
             if unit == "tokens":
                 x = [p.step * LLMC_BATCH_TOKENS for p in points]
             elif machine == LLMC_MACHINE:
@@ -141,7 +148,7 @@ class Figures:
                 continue  # how long it took is not published
             y = [p.val_loss for p in points]
             label = f"llm.c 124M, {machine}" if unit != "tokens" else "llm.c 124M, its three published runs"
-            chart.series.append(Series(label, x, y, None, dots=True, in_legend=not n or unit != "tokens"))
+            _add_reference(chart, label, x, y)
             chart.rows += [
                 [f"llm.c {machine}", f"{p.step:,}", number(at, unit), "", _cell(p.val_loss)]
                 for p, at in zip(points, x, strict=True)
@@ -200,17 +207,16 @@ class Figures:
             if not scored:
                 continue
             x, y = [p.step * LLMC_BATCH_TOKENS for p in scored], [p.hellaswag_completion_acc_norm for p in scored]
-            first = not any(s.colour is None for s in chart.series)
-            chart.series.append(Series("llm.c 124M, its published runs", x, y, None, dots=True, in_legend=first))
-            if first:
-                chart.notes.append(f"llm.c's: {LLMC_SOURCE}.")
+            _add_reference(chart, "llm.c 124M, its published runs", x, y)
             chart.rows += [
                 [f"llm.c {machine}", f"{p.step:,}", f"{at:,}", _cell(v), "", f"{HELLASWAG_ITEMS:,}"]
                 for p, at, v in zip(scored, x, y, strict=True)
             ]
+        chart.notes.append(f"llm.c's: {LLMC_SOURCE}.")
 
     def _steps(self, name: str, title: str, field: str, style: str, label: str, **axes: bool) -> Chart:
         chart = Chart(name, title, "tokens", label, "tokens", style, header=["run", "step", "tokens", title])
+        widths = []
         for n, run in enumerate(self.runs):
             records = [r for r in run.training if field in r]
             if not any(r[field] is not None for r in records):
@@ -220,11 +226,12 @@ class Figures:
             if len(self.runs) > 1:
                 line.low, line.high = [], []
             chart.series.append(line)
-            _note_width(chart, width, self.names[n] if len(self.runs) > 1 else "", bool(line.low))
+            widths.append(width)
             chart.rows += [
                 [self.names[n], f"{r['step']:,}", f"{r['tokens']:,}", _cell(r[field], style) or "not finite"]
                 for r in every_nth(records)
             ]
+        self._note_widths(chart, widths, "A")
         chart.marks = self._marks(self._tokens)
         if field == "tokens_per_second":
             chart.y_unit = "tokens"
@@ -235,6 +242,15 @@ class Figures:
         if field == "grad_norm" and chart.levels:
             chart.notes.append(f"Dotted: norms above {chart.levels[0][1]:g} are scaled down to it.")
         return chart
+
+    def _note_widths(self, chart: Chart, widths: list[int], words: str) -> None:
+        """Say how many steps a point stands for; `widths` of the drawn runs, in their order."""
+        wide = sorted({width for width in widths if width > 1})
+        if not wide:
+            return
+        band = ", the band their lowest to highest" if len(self.runs) == 1 else ""
+        steps = " or ".join(map(str, wide)) if len(set(widths)) == len(wide) else f"up to {wide[-1]}"
+        chart.notes.append(f"{words} point is the mean of {steps} steps{band}.")
 
     def _skipped(self) -> Chart:
         chart = Chart("skipped", "Skipped steps, in all", "tokens", "steps", "tokens", "{:g}")
@@ -253,10 +269,18 @@ class Figures:
         return chart.fit(from_zero=True)
 
 
-def _note_width(chart: Chart, width: int, name: str, band: bool) -> None:
-    if width > 1:
-        of = f"{name}: a" if name else "A"
-        chart.notes.append(f"{of} point is the mean of {width} steps{', the band their lowest to highest' if band else ''}.")
+def _add_reference(chart: Chart, label: str, x: list[float], y: list[float]) -> None:
+    """Draw a published curve as far as the runs go, or say that it has no point there but its start."""
+    end = max((x for s in chart.series if s.colour is not None for x in s.x), default=0.0)
+    if any(0 < at <= end for at in x):
+        first = all(s.label != label for s in chart.series)
+        chart.series.append(Series(label, x, y, None, dots=True, in_legend=first))
+        return
+    at, value = next((at, value) for at, value in zip(x, y, strict=True) if at > 0)
+    where = number(at, chart.x_unit) + (" tokens" if chart.x_unit == "tokens" else f" {chart.x_unit}")
+    note = f"{label}: not drawn, its first value after the start is at {where}, beyond the end of this figure; see Numbers."
+    if note not in chart.notes:
+        chart.notes.append(note)
 
 
 def _cell(value: float | None, style: str = "{:.4f}") -> str:

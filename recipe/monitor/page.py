@@ -136,9 +136,9 @@ def _plot(chart: Chart) -> str:
         f'<span class="x" style="left:{float(px(x)) / SIZE:.2%}">{escape(number(x, chart.x_unit))}</span>' for x in x_ticks
     ]
     for name, level in chart.levels:
-        # Curves rise from chance to the references: the upper left and the lower right are free.
-        side = "left" if level > (chart.y_min + chart.y_max) / 2 else "right"
-        labels.append(f'<span class="level {side}" style="top:{float(py(level)) / SIZE:.2%}">{escape(name)}</span>')
+        labels.append(
+            f'<span class="level {chart.level_side(level)}" style="top:{float(py(level)) / SIZE:.2%}">{escape(name)}</span>'
+        )
     title = f"{chart.name}-title"
     return (
         f'<div class="plot"><svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" role="img" aria-labelledby="{title}" '

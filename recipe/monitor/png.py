@@ -37,7 +37,7 @@ def draw(charts: list[Chart], folder: Path) -> list[Path]:
                 axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.2, linewidth=0)
         for label, level in chart.levels:
             axes.axhline(level, color="#1a1a1a", linewidth=0.8, linestyle=":")
-            side = "left" if level > (chart.y_min + chart.y_max) / 2 else "right"
+            side = chart.level_side(level)
             place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": side}
             axes.annotate(label, (side == "right", level), (4 if side == "left" else -4, 2), fontsize=8, **place)
         for n, x in enumerate(chart.marks):

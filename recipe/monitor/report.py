@@ -198,19 +198,21 @@ class Report:
         return page.table(["run", "what", "time", "dollars"], rows, _cost_caption(self.runs)) if rows else ""
 
     def _samples(self) -> list[str]:
-        parts = []
+        notes, prompts = [], {}
         for run, name in zip(self.runs, self.names, strict=True):
             taken = run.samples
             if len(taken) > MAX_SAMPLES:
                 chosen = {round(n * (len(taken) - 1) / (MAX_SAMPLES - 1)) for n in range(MAX_SAMPLES)}
-                parts.append(page.paragraph(f"{name}: {MAX_SAMPLES} of {len(taken)} times at which samples were taken."))
+                notes.append(page.paragraph(f"{name}: {MAX_SAMPLES} of {len(taken)} times at which samples were taken."))
                 taken = [taken[n] for n in sorted(chosen)]
+            whose = f"{name}, " if len(self.runs) > 1 else ""
             for prompt in dict.fromkeys(s["prompt"] for record in taken for s in record["samples"]):
-                parts.append(f"<h3>{escape(name + ': ' if len(self.runs) > 1 else '')}“{escape(prompt)}”, not picked</h3>")
-                found = [(r["step"], s) for r in taken for s in r["samples"] if s["prompt"] == prompt]
-                parts += [_sample(step, s) for step, s in found[-1:]]
-                parts.append(page.fold("Earlier, newest first", "\n".join(_sample(step, s) for step, s in found[-2::-1])))
-        return parts
+                found = [_sample(f"{whose}step {r['step']:,}", s) for r in taken for s in r["samples"] if s["prompt"] == prompt]
+                earlier = page.fold("Earlier, newest first", "\n".join(found[-2::-1]))
+                prompts.setdefault(prompt, []).extend([found[-1], earlier])
+        return notes + [
+            part for prompt, found in prompts.items() for part in (f"<h3>“{escape(prompt)}”, not picked</h3>", *found)
+        ]
 
     def _field_values(self) -> list[tuple[str, list[Any]]]:
         """The fields that are known and those that the files have beside them."""
@@ -309,8 +311,8 @@ def _grid(charts: list, wide: bool = False) -> str:
     return f'<div class="charts{" wide" if wide else ""}">\n' + "\n".join(figures) + "\n</div>" if figures else ""
 
 
-def _sample(step: int, one: dict[str, str]) -> str:
-    kinds = [(f"step {step:,}", "continuation"), (f"step {step:,}, greedy", "greedy")]
+def _sample(where: str, one: dict[str, str]) -> str:
+    kinds = [(where, "continuation"), (f"{where}, greedy", "greedy")]
     return "\n".join(
         f"{page.paragraph(words)}<blockquote><b>{escape(one['prompt'])}</b>{escape(_short(one[kind]))}</blockquote>"
         for words, kind in kinds

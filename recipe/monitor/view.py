@@ -15,7 +15,7 @@ Line = list[tuple[str, str]]
 """A line as pieces of (style, text); the styles are those of STYLES."""
 STYLES = {"": "", "bold": "1", "dim": "2", "good": "32", "bad": "31", "accent": "36"}
 RECENT_STEPS = 50
-"""Steps whose median speed says how long the rest will take."""
+"""Steps of which the median speed and MFU and the wait for data are shown; the speed says how long the rest will take."""
 HISTORY = 2048
 """Means of the loss that are kept for the sparkline."""
 
@@ -82,7 +82,8 @@ class View:
     losses: LossHistory = field(default_factory=LossHistory)
     skipped: int = 0
     wall_seconds: float = 0.0
-    _speeds: list[float] = field(default_factory=list)
+    _recent: list[dict[str, Any]] = field(default_factory=list)
+    """The records of the last RECENT_STEPS steps."""
     _evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, records: list[dict[str, Any]]) -> None:
@@ -92,7 +93,7 @@ class View:
                 self.last = record
                 self.losses.add(record["train_loss"])
                 self.skipped += record["skipped"]
-                self._speeds = [*self._speeds[1 - RECENT_STEPS :], record["tokens_per_second"]]
+                self._recent = [*self._recent[1 - RECENT_STEPS :], record]
                 if "wall_seconds" not in record:
                     self.wall_seconds += record["step_seconds"]
             self.wall_seconds = max(self.wall_seconds, record.get("wall_seconds", 0.0))
@@ -104,7 +105,11 @@ class View:
     def seconds_left(self) -> float | None:
         """Of training, at the speed of the last steps; None if that is unknown or nothing is left."""
         left = self.total_tokens - self.last.get("tokens", 0)
-        return left / median(self._speeds) if self._speeds and left > 0 else None
+        return left / self._median("tokens_per_second") if self._recent and left > 0 else None
+
+    def _median(self, name: str) -> float:
+        """Of a field over the last steps."""
+        return median(r[name] for r in self._recent if r.get(name) is not None)
 
     def lines(self, width: int, glyphs: Glyphs, state: tuple[str, str] | None, seconds: float | None = None) -> list[Line]:
         """The view at most `width` columns wide.
@@ -147,10 +152,12 @@ class View:
         return [*line, ("bad", skipped)]
 
     def _speed(self, glyphs: Glyphs) -> Line:
-        last, parts = self.last, [f"{median(self._speeds):,.0f} tok/s"]
+        last, parts = self.last, [f"{self._median('tokens_per_second'):,.0f} tok/s"]
         if last.get("mfu") is not None:
-            parts.append(f"MFU {last['mfu']:.1%}")
-        parts.append(f"data wait {last['data_wait_fraction']:.1%}")
+            parts.append(f"MFU {self._median('mfu'):.1%}")
+        seconds = sum(r["step_seconds"] for r in self._recent)
+        waited = sum(r["data_wait_fraction"] * r["step_seconds"] for r in self._recent)
+        parts.append(f"data wait {waited / seconds if seconds else 0.0:.1%}")
         if last.get("gpu_memory_gib") is not None:
             of = f" of {self.gpu_memory_gib:.0f}" if self.gpu_memory_gib else ""
             parts.append(f"memory {last['gpu_memory_gib']:.1f}{of} GiB")
