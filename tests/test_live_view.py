@@ -46,6 +46,14 @@ def test_it_says_all_that_matters():
     ]  # fmt: skip
 
 
+def test_speed_mfu_and_wait_are_of_the_same_steps():
+    made = view()
+    made.add([training_record(n, BATCH, tokens_per_second=1.6e6, mfu=0.45, data_wait_fraction=0.0) for n in range(1, 50)])
+    made.add([training_record(50, BATCH, tokens_per_second=8e5, mfu=0.225, step_seconds=0.66, data_wait_fraction=0.5)])
+    wait = 0.5 * 0.66 / (49 * 0.33 + 0.66)
+    assert text(made)[2].startswith(f"speed    1,600,000 tok/s · MFU 45.0% · data wait {wait:.1%} ")
+
+
 def test_before_the_first_step_it_knows_little_and_says_it():
     assert text(view()) == ["gpt2-124m  " + "░" * 47 + "   0.0%  step 0/1,000", "time     0s so far", "now      training"]
 

@@ -186,16 +186,44 @@ def test_every_figure_has_words_for_those_who_do_not_see_it(run: Path) -> None:
 
 
 def test_styles_of_hellaswag_have_their_own_figures_and_references(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", 60)
+    run = write_run(tmp_path / "run", 300)
     scores = {"hellaswag_acc_norm": 0.2801, "hellaswag_completion_acc_norm": 0.2702, "hellaswag_n": 10_042}
     with open(run / "metrics.jsonl", "a") as handle:
-        handle.write(json.dumps({"step": 40, "tokens": 40 * BATCH, **scores}) + "\n")
+        handle.write(json.dumps({"step": 300, "tokens": 300 * BATCH, **scores}) + "\n")
     figures = Page(html(run)).figures
     harness, completion = figures["hellaswag_lm_eval"], figures["hellaswag_completion"]
     assert [r[3] for r in harness["rows"][1:]] == ["0.2801"]
     assert "gpt2 0.3114" in harness["title"] and "0.2955" not in harness["title"] and "llm.c 124M" not in harness["title"]
     assert [r[3] for r in completion["rows"][1:] if r[0] == "run"] == ["0.2702"]
     assert "gpt2 0.2955" in completion["title"] and "0.3114" not in completion["title"] and "llm.c 124M" in completion["title"]
+    assert len(completion["lines"]) == 2 and not harness["lines"]  # llm.c's two runs with scores, a point of ours
+
+
+def test_a_reference_that_begins_after_the_end_of_the_run_is_named_not_drawn(tmp_path: Path) -> None:
+    """llm.c's first value after step 0 is at 131M tokens: a shorter run would have it in its legend and not in its figure."""
+    short, long = (Page(html(write_run(tmp_path / str(n), n))).figures["loss_tokens"] for n in (100, 300))
+    assert len(short["lines"]) == 2 and len(long["lines"]) == 2 + len(LLMC_CURVES)
+    note = "llm.c 124M, its three published runs: not drawn, its first value after the start is at 131.1M tokens"
+    assert short["title"].count(note) == 1 and note not in long["title"]
+    assert [row for row in short["rows"] if row[0] == "llm.c 8×A100"]
+
+
+def test_the_fall_at_the_start_does_not_take_up_loss_against_time(tmp_path: Path) -> None:
+    """Of a run of minutes, whose first step comes after a sixth of them."""
+    records = [training_record(s, 65_536, wall_seconds=32 + 0.12 * s) for s in range(1, 764)]
+    records += [{"step": 0, "tokens": 0, "val_loss": 10.9}, {"step": 763, "tokens": 763 * 65_536, "val_loss": 4.7}]
+    figure = Page(html(write_run(tmp_path / "run", 763, records=records))).figures["loss_time"]
+    early = next(r["train_loss"] for r in records if r["wall_seconds"] > 32 + 0.06 * (763 * 0.12))
+    assert early < figure["high"] < 0.9 * records[0]["train_loss"]
+    assert re.search(r"The first steps, above \d+\.\d\d, lie off the top", figure["title"])
+
+
+def test_words_on_a_level_keep_clear_of_the_points() -> None:
+    chart = Chart("x", "x", "x", "y", "tokens", levels=[("chance", 0.25), ("gpt2", 0.31)])
+    chart.series = [Series("x", [50.0], [0.253], 0, [0.249], [0.257], dots=True)]
+    assert chart.fit().level_side(0.25) == "left"
+    chart.series = [Series("x", [1.0, 25.0, 50.0], [0.25, 0.28, 0.309], 0, dots=True)]
+    assert [chart.fit().level_side(level) for level in (0.25, 0.31)] == ["right", "left"]
 
 
 def test_no_reference_beside_what_it_does_not_compare_with(tmp_path: Path) -> None:
@@ -230,6 +258,9 @@ def test_restarts_skipped_steps_and_money(tmp_path: Path) -> None:
     text = html(run)
     assert '<dt>Restarts</dt><dd>1</dd><dd class="about">7 steps done again</dd>' in text
     assert "2026-11-24 12:00:00 UTC" in text and 'class="mark" d="M32' in text  # 20 of 60 steps, and room behind
+    mark = re.findall(r'class="mark" d="M([\d.]+) ', text.partition('id="loss_time"')[2].partition("</figure>")[0])
+    went_on, end = 60 + 0.35 * 21 - 0.33, 60 + 0.35 * 60  # against time, where the step after the checkpoint's began
+    assert [float(x) for x in mark] == [pytest.approx(1000 * went_on / (1.02 * end), abs=0.01)]
     assert "<dt>Skipped steps</dt><dd>1</dd>" in text
     assert '<tr><th scope="row">run</th><td>30</td><td>gradient not finite</td><td>left out</td>' in text
     seconds = 60 + 0.35 * 60
@@ -247,6 +278,13 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     assert "learning_rate" in differences and "weight_decay" not in differences and "(+0.0000)" in differences
     assert len(page.figures["learning_rate"]["lines"]) == 2
     assert {row[0] for row in page.figures["loss_tokens"]["rows"][1:]} >= {"a", "b"}
+    for run, said in ((a, "of a"), (b, "of b")):
+        samples = [{"prompt": p, "continuation": f" {said}", "greedy": ""} for p in ("The", "Once")]
+        (run / "eval" / "samples-step-00000060.json").write_text(json.dumps({"step": 60, "samples": samples}))
+    told = html(a, b).partition('id="samples"')[2].partition("</section>")[0]
+    found = re.findall(r"“(\w+)”, not picked|>(\w), step 60<|</b> (of \w)<", told)
+    one = [("", "a", ""), ("", "", "of a"), ("", "b", ""), ("", "", "of b")]  # by prompt, so that the runs stand together
+    assert found == [("The", "", ""), *one, ("Once", "", ""), *one]
     assert (tmp_path / "out" / "plots" / "loss_tokens.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -317,6 +355,33 @@ def test_a_browser_shows_it_without_complaint(browser: str, tmp_path: Path, sche
     colours = {colour for _, colour in picture.getcolors(1 << 24)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours or scheme == "dark"
     assert {(0x56, 0xB4, 0xE9), (0xF0, 0x8C, 0x3C)} <= colours or scheme == "light"
+
+
+def test_a_print_does_not_part_words_from_what_they_head(browser: str, tmp_path: Path) -> None:
+    if shutil.which("pdftotext") is None:
+        pytest.skip("no pdftotext on this machine (Debian's package is poppler-utils)")
+    runs = [write_run(tmp_path / name, 60) for name in "ab"]
+    for run in runs:
+        # Texts of many lengths, so that pages end at many places.
+        samples = [
+            {"prompt": f"Prompt {n}", "continuation": " word" * (30 + 17 * n), "greedy": " same" * (150 - 9 * n)}
+            for n in range(16)
+        ]
+        (run / "eval" / "samples-step-00000060.json").write_text(json.dumps({"step": 60, "samples": samples}))
+    path, paper = tmp_path / "report.html", tmp_path / "report.pdf"
+    path.write_text(html(*runs))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--no-pdf-header-footer", f"--print-to-pdf={paper}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert paper.is_file(), done.stderr
+    text = subprocess.run(["pdftotext", "-layout", paper, "-"], capture_output=True, text=True, timeout=60).stdout
+    pages = [page.rstrip().splitlines() for page in text.split("\f") if page.strip()]
+    assert len(pages) > 6
+    heads = re.compile(
+        r"\s*(.*step 60(, greedy)?|.*not picked|Environment|Starts|run +what.*|Time and money|dollars need.*)\s*"
+    )
+    assert not [page[-1] for page in pages if heads.fullmatch(page[-1])]
+    assert not re.search(r"^\s*Configuration\n+\s*Environment", text, re.MULTILINE)  # a heading of nothing but a closed fold
 
 
 def test_points_stand_for_equally_many_steps_and_know_their_extremes() -> None:
