@@ -77,16 +77,17 @@ def cpu(cores: int, memory: int) -> Gpu:
 GPUS = {
     "A100-40GB": Gpu("A100", 40, 230e9, 20e9, 0.50, "llm.c reaches 0.56 there; ours is not measured on it"),
     "A100-80GB": Gpu("A100", 80, 230e9, 20e9, 0.50, "llm.c reaches 0.56 there; ours is not measured on it"),
-    "H100-80GB": Gpu("H100", 80, 340e9, 40e9, 0.44, "as measured for 124M"),
-    "H200-141GB": Gpu("H200", 141, 340e9, 40e9, 0.44, "the H100's"),
+    "H100-80GB": Gpu("H100", 80, 340e9, 40e9, 0.45, "as measured for 124M"),
+    "H200-141GB": Gpu("H200", 141, 340e9, 40e9, 0.45, "the H100's"),
     "RTX4090-24GB": Gpu("RTX 4090", 24, 20e9, 1.2e9, 0.50, "assumed"),
     "L4-24GB": Gpu("L4", 24, 20e9, 1.2e9, 0.45, "assumed"),
     "CPU-8core": cpu(8, 32),
 }
 """By the name that `--machine 8xA100-80GB` uses."""
 
-MEASURED = {("H100-80GB", 12, 768): 544_000}
-"""Tokens/s of one GPU through pretrain.py under ZeRO-1, by GPU, n_layer and n_embd (docs/results.md)."""
+MEASURED = {("H100-80GB", 12, 768): 563_400}
+"""Tokens/s of one GPU through pretrain.py under ZeRO-1 with AdamW, by GPU, n_layer and n_embd, of steps of 524,288 tokens
+(docs/results.md)."""
 
 MEASURED_SCALING: dict[tuple[str, int, int, int], float] = {}
 """Scaling efficiency under ZeRO-1, tokens/s over as many times one GPU's, by GPU, n_layer, n_embd and GPUs, of steps of 524,288
@@ -214,15 +215,16 @@ def _memory(config: Config, machine: Machine, vocab_size: int) -> dict[str, int]
 
 
 def tokens_per_second(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> tuple[float, bool]:
-    """Tokens/s of the machine, and whether that was measured, on this very machine.
+    """Tokens/s of the machine, and whether that was measured, on this very machine with such steps.
 
     By recipe/scaling.py where the efficiency of so many GPUs was not; with the micro batch of the config, or one row.
     """
     from recipe.scaling import MEASURED_STEP, gpu_speed, step_time  # which takes the GPUs from here
 
     one, measured = gpu_speed(config, machine, vocab_size)
+    measured &= config.batch_tokens == MEASURED_STEP and config.optimizer == "adamw" and not config.activation_checkpointing
     efficiency = MEASURED_SCALING.get((machine.gpu_name, config.n_layer, config.n_embd, machine.gpus))
-    if measured and efficiency and config.batch_tokens == MEASURED_STEP and not config.activation_checkpointing:
+    if measured and efficiency:
         return machine.gpus * one * efficiency, True
     return config.batch_tokens / step_time(config, machine, vocab_size).total, measured and machine.gpus == 1
 
@@ -295,7 +297,7 @@ def estimate(
     if measured:
         basis = "measured"
     elif (machine.gpu_name, config.n_layer, config.n_embd) in MEASURED:
-        basis = "estimate: one GPU measured, the exchange computed"
+        basis = "estimate: one GPU measured with AdamW and 524,288 tokens a step, the rest computed"
     else:
         basis = f"estimate: MFU {machine.gpu.mfu:.2f}, {machine.gpu.why}"
     return Estimate(

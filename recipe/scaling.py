@@ -17,10 +17,16 @@ from recipe.plan import GPT2_VOCAB_SIZE, count_parameters, flops_per_token, make
 
 MEASURED_STEP = 524_288
 """Tokens of the steps at which a GPU's speed was measured."""
-FIXED_SECONDS, OPTIMIZER_SECONDS = 6.5e-3, 3.9e-3
-"""Of each step, 124M on an H100, whatever its tokens: 137.2 ms for 65,536 tokens and 1,024.8 ms for 524,288 leave 10.4 ms for
-none, and of those 3.9 ms are AdamW's, clipping's and the casts', which ZeRO-1 divides. Taken to grow with the parameters."""
+FIXED_SECONDS, OPTIMIZER_SECONDS = 0.7e-3, 2.5e-3
+"""Of each step, 124M on an H100, whatever its tokens: in the first 50 s of two runs 118.1 ms for 65,536 tokens and 922.2 ms for
+524,288 leave 3.2 ms for none (2.0 to 4.4, by the seconds compared: a card slows as it warms), and of those 2.5 ms are AdamW's,
+clipping's and the casts', by a profile, which ZeRO-1 divides. Taken to grow with the parameters."""
 FIXED_PARAMETERS = 124_439_808
+MUON_SECONDS = 5.2e-3
+"""What a step of 124M takes longer with Muon, measured on one H100 at 65,536 tokens: 123.1 ms instead of 117.9. Taken to grow
+as the products of its matrices do, and to be divided as the matrices are."""
+MUON_PRODUCTS = 12 * 768**3
+"""n_layer times n_embd cubed of that model."""
 KERNELS_A_LAYER, LAUNCH_SECONDS = 30, 5e-6
 """Assumed: kernels of a compiled layer, forward and backward, and what each takes the host; a bound where rows are few."""
 HOP_SECONDS = 20e-6
@@ -57,7 +63,7 @@ def exchanged_bytes(config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZ
 
 
 def gpu_speed(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> tuple[float, bool]:
-    """Tokens/s of one GPU in steps of MEASURED_STEP tokens, and whether that was measured."""
+    """Tokens/s of one GPU with AdamW in steps of MEASURED_STEP tokens, and whether that was measured."""
     measured = MEASURED.get((machine.gpu_name, config.n_layer, config.n_embd))
     assumed = machine.gpu.mfu * machine.gpu.peak / flops_per_token(config, vocab_size)
     return measured or assumed, bool(measured)
@@ -70,6 +76,8 @@ def step_time(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZ
     fixed, optimizer = FIXED_SECONDS * scale, OPTIMIZER_SECONDS * scale
     rate, _ = gpu_speed(config, machine, vocab_size)
     a_token = (MEASURED_STEP / rate - fixed - optimizer) / MEASURED_STEP
+    if config.optimizer == "muon":
+        optimizer += MUON_SECONDS * config.n_layer * config.n_embd**3 / MUON_PRODUCTS
     if config.activation_checkpointing:
         # The blocks' forward once more, a third of what the blocks take forward and backward.
         a_token *= 1 + (1 - 6 * vocab_size * config.n_embd / flops_per_token(config, vocab_size)) / 3

@@ -106,7 +106,7 @@ def test_measured_scaling_takes_the_place_of_the_computed(monkeypatch: pytest.Mo
     computed, measured = tokens_per_second(config, machine)
     assert not measured
     monkeypatch.setitem(MEASURED_SCALING, ("H100-80GB", 12, 768, 8), 0.9)
-    assert tokens_per_second(config, machine) == (pytest.approx(8 * 544_000 * 0.9), True)
+    assert tokens_per_second(config, machine) == (pytest.approx(8 * 563_400 * 0.9), True)
     # Only for steps of the size that was measured.
     config.batch_tokens //= 8
     speed, measured = tokens_per_second(config, machine)
