@@ -47,7 +47,7 @@ class Page(HTMLParser):
             self._figure |= {"x": float(given["data-x-end"])}
             self._figure |= {"low": float(given["data-y-min"]), "high": float(given["data-y-max"])}
         elif tag == "path" and given.get("class") == "line" and "x" in self._figure:
-            self._figure["lines"].append([self._place(point) for point in given["d"][1:].split("L")])
+            self._figure["lines"].append([self._place(point) for point in re.split("[LM]", given["d"][1:])])
         elif tag == "tr":
             self._figure["rows"].append([])
         elif tag in ("td", "th"):
@@ -261,6 +261,12 @@ def test_restarts_skipped_steps_and_money(tmp_path: Path) -> None:
     mark = re.findall(r'class="mark" d="M([\d.]+) ', text.partition('id="loss_time"')[2].partition("</figure>")[0])
     went_on, end = 60 + 0.35 * 21 - 0.33, 60 + 0.35 * 60  # against time, where the step after the checkpoint's began
     assert [float(x) for x in mark] == [pytest.approx(1000 * went_on / (1.02 * end), abs=0.01)]
+    drawn = [
+        re.findall(r'class="line" d="(.*?)"', text.partition(f'id="{name}-title"')[2])[0]
+        for name in ("loss_tokens", "loss_time")
+    ]
+    assert [path.count("M") for path in drawn] == [1, 2]  # no line through the time between the starts
+    assert drawn[1].split("M")[1].count("L") == 19
     assert "<dt>Skipped steps</dt><dd>1</dd>" in text
     assert '<tr><th scope="row">run</th><td>30</td><td>gradient not finite</td><td>left out</td>' in text
     seconds = 60 + 0.35 * 60

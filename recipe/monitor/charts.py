@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,13 @@ class Series:
     dots: bool = False
     faint: bool = False
     in_legend: bool = True
+    breaks: list[float] = field(default_factory=list)
+    """Where on x the line is interrupted."""
+
+    def pieces(self) -> list[slice]:
+        """The stretches of its points between the breaks."""
+        edges = [0, *(bisect_right(self.x, x) for x in sorted(self.breaks)), len(self.x)]
+        return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
 
 
 @dataclass

@@ -96,11 +96,7 @@ class Figures:
 
     def _marks(self, position: Callable[[RunRecord, dict], float]) -> list[float]:
         """Where the run went on after an interruption; of several runs only their table tells."""
-        if len(self.runs) > 1:
-            return []
-        run = self.runs[0]
-        by_step = {r["step"]: r for r in run.training}
-        return sorted({position(run, by_step[s["step"]]) for s in run.starts[1:] if s["step"] in by_step})
+        return _restarts(self.runs[0], position) if len(self.runs) == 1 else []
 
     def _label(self, what: str, number: int) -> str:
         return what if len(self.runs) == 1 else f"{self.names[number]}: {what}"
@@ -113,7 +109,8 @@ class Figures:
         widths = []
         for n, run in enumerate(self.runs):
             x, y = [position(run, r) for r in run.training], [r["train_loss"] for r in run.training]
-            line, width = steps_series(self._label("training", n), x, y, n, faint=True)
+            breaks = [] if unit == "tokens" else _restarts(run, self._time_of_next)
+            line, width = steps_series(self._label("training", n), x, y, n, faint=True, breaks=breaks)
             if len(self.runs) > 1:
                 line.low, line.high = [], []
             chart.series.append(line)
@@ -267,6 +264,11 @@ class Figures:
                 chart.series.append(Series(self._label("skipped", n), [p[0] for p in points], [p[1] for p in points], n))
                 chart.rows += [[self.names[n], f"{s:,}", f"{x:,}", f"{y:,}"] for x, y, s in every_nth(points[2::2])]
         return chart.fit(from_zero=True)
+
+
+def _restarts(run: RunRecord, position: Callable[[RunRecord, dict], float]) -> list[float]:
+    by_step = {r["step"]: r for r in run.training}
+    return sorted({position(run, by_step[s["step"]]) for s in run.starts[1:] if s["step"] in by_step})
 
 
 def _add_reference(chart: Chart, label: str, x: list[float], y: list[float]) -> None:

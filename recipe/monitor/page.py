@@ -120,12 +120,14 @@ def _plot(chart: Chart) -> str:
         if s.low and not s.dots:
             edge = [f"{px(x)} {py(y)}" for x, y in zip(s.x, s.high, strict=True)]
             back = [f"{px(x)} {py(y)}" for x, y in zip(s.x, s.low, strict=True)]
-            shapes.append(f'<path class="band" d="M{"L".join(edge + back[::-1])}Z"/>')
+            around = "".join(f"M{'L'.join(edge[piece] + back[piece][::-1])}Z" for piece in s.pieces())
+            shapes.append(f'<path class="band" d="{around}"/>')
         elif s.low:
             bars = zip(s.x, s.low, s.high, strict=True)
             shapes.append(f'<path class="bar" d="{"".join(f"M{px(x)} {py(a)}V{py(b)}" for x, a, b in bars)}"/>')
         if len(points) > 1:
-            shapes.append(f'<path class="line" d="M{"L".join(points)}"{_dash(s)}/>')
+            through = "".join(f"M{'L'.join(points[piece])}" for piece in s.pieces())
+            shapes.append(f'<path class="line" d="{through}"{_dash(s)}/>')
         if s.dots or len(points) == 1:
             for x, y, point in zip(s.x, s.y, points, strict=True):
                 words = f"{s.label}: {chart.y_format.format(y)} at {number(x, chart.x_unit)}"

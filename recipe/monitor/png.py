@@ -26,15 +26,16 @@ def draw(charts: list[Chart], folder: Path) -> list[Path]:
         for s in chart.series:
             colour = GREY if s.colour is None else COLOURS[s.colour % len(COLOURS)]
             style = "--" if s.colour is None else STYLES[s.colour % len(STYLES)]
-            axes.plot(
-                s.x, s.y, linestyle=style, color=colour, linewidth=1.0 if s.faint or s.colour is None else 1.7,
-                alpha=0.6 if s.faint else 1.0, marker="o" if s.dots or len(s.x) == 1 else "", markersize=4,
-                label=s.label if s.in_legend else "_",
-            )  # fmt: skip
+            for n, piece in enumerate(s.pieces()):
+                axes.plot(
+                    s.x[piece], s.y[piece], linestyle=style, color=colour, alpha=0.6 if s.faint else 1.0,
+                    linewidth=1.0 if s.faint or s.colour is None else 1.7, marker="o" if s.dots or len(s.x) == 1 else "",
+                    markersize=4, label=s.label if s.in_legend and not n else "_",
+                )  # fmt: skip
             if s.low and s.dots:
                 axes.vlines(s.x, s.low, s.high, color=colour, linewidth=1)
-            elif s.low:
-                axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.2, linewidth=0)
+            for piece in s.pieces() if s.low and not s.dots else []:
+                axes.fill_between(s.x[piece], s.low[piece], s.high[piece], color=colour, alpha=0.2, linewidth=0)
         for label, level in chart.levels:
             axes.axhline(level, color="#1a1a1a", linewidth=0.8, linestyle=":")
             side = chart.level_side(level)
