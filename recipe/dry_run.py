@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipe.config import INSTALLED_DOCS, Config, ConfigError, to_yaml
-from recipe.data.corpus import Corpus, hub_id, is_local, open_corpora
+from recipe.data.corpus import Corpus, open_corpora
+from recipe.data.sources import hub_id, is_local
 from recipe.estimate import GIB, GPUS, Machine, cpu, estimate, memory_by_part
 from recipe.micro_batch import under_zero1
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters

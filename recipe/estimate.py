@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipe.config import FINEWEB, INSTALLED_DOCS, Config, ConfigError, parse_ramp
-from recipe.data.corpus import file_format, is_local, local_text_files
+from recipe.data.sources import file_format, is_local, local_text_files
 from recipe.plan import (
     GPT2_VOCAB_SIZE,
     Plan,
@@ -103,7 +103,7 @@ FINEWEB_TOKENS = 10_371_489_838 + 14_868_862
 """Of that sample: GPT-2's, and an end of text for each document."""
 
 BYTES_PER_TOKEN = {"parquet": 2.7, "txt": 4.4, "jsonl": 4.8, "jsonl.gz": 1.9}
-"""Of English files, about, by format (recipe/data/corpus.py)."""
+"""Of English files, about, by format (recipe/data/sources.py)."""
 
 SCALING_FIT = (1.8172, 482.01, 0.3478, 2085.43, 0.3658)
 """E, A, alpha, B, beta of loss = E + A / N^alpha + B / D^beta (Besiroglu et al. 2024, a refit of Hoffmann et al. 2022). On

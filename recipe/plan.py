@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipe.config import Config, ConfigError, parse_ramp
-from recipe.data.corpus import check_data_exists
+from recipe.data.sources import check_data_exists
 from recipe.evaluation.items import local_files
 from recipe.monitor.trackers import tracker_problems
 from recipe.parsing import parse_config

@@ -16,7 +16,7 @@ from typing import TextIO
 import yaml
 
 from recipe.config import INSTALLED_DOCS, NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, to_yaml
-from recipe.data.corpus import is_local
+from recipe.data.sources import is_local
 from recipe.data.token_index import is_prepared
 from recipe.files import write_json, write_text
 

@@ -73,7 +73,7 @@ def verify(folder: str, rest: list[str]) -> None:
 
 def prepare(words: list[str]) -> None:
     from recipe.config import ConfigError
-    from recipe.data.corpus import check_data_exists
+    from recipe.data.sources import check_data_exists
     from recipe.parsing import parse_config
 
     workers = take_option(words, "workers")

@@ -17,7 +17,8 @@ import pytest
 from corpus_helpers import open_training, read_all, write_jsonl, write_jsonl_gz, write_parquet
 from recipe.config import ConfigError
 from recipe.data import corpus as corpus_module
-from recipe.data.corpus import DataError, check_data_exists, hub_id, is_local, open_corpora
+from recipe.data.corpus import DataError, open_corpora
+from recipe.data.sources import check_data_exists, hub_id, is_local
 
 TEXTS = ["one", "two\nlines", "drei Straßen", "四 🙂", "  spaced  ", "six", "seven"]
 

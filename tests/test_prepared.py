@@ -25,8 +25,9 @@ from hub_server import HubServer, client_environment
 from launch import PRETRAIN, ROOT, TINY, accelerate_command, environment, losses, metrics, options
 from recipe.config import ConfigError
 from recipe.data import preparation
-from recipe.data.corpus import Corpus, DataError, check_data_exists, open_corpora
+from recipe.data.corpus import Corpus, DataError, open_corpora
 from recipe.data.prepared import PreparedCorpus, TokenEncoder, encoder_for, load_prepared_tokenizer, open_prepared
+from recipe.data.sources import check_data_exists
 from recipe.data.stream import RowStream
 from recipe.data.token_index import FORMAT, documents_file, file_facts, find_damage, tokens_file, write_index
 from recipe.data.validation import count_tokens, hold_out, read_validation_rows

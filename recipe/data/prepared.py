@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from recipe.config import ConfigError, DataConfig, first_line
-from recipe.data.corpus import Corpus, DataError, Unit, hub_id, is_local, open_corpora
+from recipe.data.corpus import Corpus, DataError, Unit, open_corpora
+from recipe.data.sources import hub_id, is_local
 from recipe.data.token_index import (
     INDEX,
     REDO,
