@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from recipe.config import ConfigError
 from recipe.data.corpus import Corpus, DataError, open_corpora
 from recipe.data.packing import ShardPacker
 from recipe.data.stream import RowStream
@@ -136,3 +138,22 @@ def take_restarting(make_packer: Callable[..., ShardPacker], epochs: int, seed: 
         rows += packer.take(count).tolist() if count else []
         epoch += count < wanted
     return rows
+
+
+def refused(data: Path | str, text_column: str = "text", validation_data: str | None = None) -> list[str]:
+    """The problems that opening `data` raises."""
+    with pytest.raises(ConfigError) as caught:
+        open_corpora(str(data), validation_data, text_column, Path("/nonexistent"))
+    return caught.value.problems
+
+
+def mixed_folder(folder: Path) -> Path:
+    (folder / "deep" / "er").mkdir(parents=True)
+    write_parquet(folder / "a.parquet", ["a1", "a2"])
+    write_jsonl(folder / "b.jsonl", ["b"])
+    write_jsonl_gz(folder / "c.jsonl.gz", ["c"])
+    (folder / "d.TXT").write_text("d")
+    write_jsonl(folder / "deep" / "er" / "f.jsonl", ["f"])
+    (folder / "README.md").write_text("not text for training")
+    (folder / "data.csv").write_text("text\nno\n")
+    return folder
