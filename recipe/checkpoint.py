@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from recipe.files import sha256, sync, sync_folder, write_json
@@ -57,6 +57,14 @@ class Checkpoint:
         """Masters, moments and step in the form of `Engine.full_state`."""
         masters = {f"model.{name}": tensor for name, tensor in self.masters().items()}
         return masters | load_file(self.path / "optimizer.safetensors")
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the tensors in `full_state`, which are not read for it."""
+        shapes = {}
+        for file, prefix in (("model", "model."), ("optimizer", "")):
+            with safe_open(self.path / f"{file}.safetensors", framework="pt") as tensors:
+                shapes |= {f"{prefix}{name}": torch.Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        return shapes
 
     def rng(self) -> dict[str, torch.Tensor]:
         """The generators of every rank; empty in a checkpoint from before they were saved."""

@@ -1,4 +1,4 @@
-"""What a run reads: its text, its tokenizer and its validation rows."""
+"""What a run reads: its text, its tokenizer, its validation rows and HellaSwag's items."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from recipe.data.corpus import Corpus, open_corpora
 from recipe.data.prepared import PreparedCorpus, encoder_for, load_prepared_tokenizer
 from recipe.data.validation import check_length, count_target_bytes, hold_out, read_validation_rows
 from recipe.distributed import Distributed
+from recipe.evaluation.items import read_items
 from recipe.plan import Plan
 from recipe.run_folder import RunFolder
 from recipe.tokenizer import Encoder, load_tokenizer, obtain_tokenizer
@@ -22,17 +23,21 @@ class Inputs:
     """Opened and checked on every rank. Collective.
 
     Attributes:
+        hellaswag_items: empty if the run does not evaluate them.
         training: the text, without what is held out.
         encoder: for `training`.
         vocab_encoder: of the tokenizer itself, which knows the size of the vocabulary.
         validation_rows: token ids [rows, sequence + 1].
         summary: one line about their sizes.
     Raises:
-        ConfigError: for text that cannot be read or does not last for the run.
+        ConfigError: for text that cannot be read or does not last for the run, and for items that cannot be had.
     """
 
     def __init__(self, config: Config, plan: Plan, folder: RunFolder, distributed: Distributed):
         self._config, self._folder, self._distributed = config, folder, distributed
+        self.hellaswag_items: list[dict[str, Any]] = []
+        if config.hellaswag_every:
+            self.hellaswag_items = distributed.on_main(read_items, config.evaluate_data, config.hellaswag_items)
         training, validation = distributed.on_main(
             open_corpora, config.data, config.validation_data, config.text_column, folder.cache
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -12,10 +13,11 @@ import torch
 from safetensors import SafetensorError
 
 from recipe import checkpoint
-from recipe.config import Config, ConfigError, parse_steps
+from recipe.config import Config, ConfigError, config_hash, parse_steps
 from recipe.distributed import Distributed
 from recipe.engine import Engine
 from recipe.plan import Plan, count_parameters
+from recipe.rng import gather_rng
 from recipe.watchdog import Watchdog
 
 LEAST_FREE = 16 * 2**20
@@ -40,12 +42,16 @@ class Saver:
         self._done: list[dict[str, Any]] = []
         self.longest = 0.0
 
-    def save(self, step: int, engine: Engine, state: dict, about: dict, rng: dict[str, torch.Tensor]) -> None:
+    def save(self, step: int, engine: Engine, state: dict, about: dict) -> None:
         """Take a snapshot and let it be written while the training goes on. Collective.
 
+        Args:
+            state: for state.json.
+            about: for the manifest, beside topology and configuration.
         Raises:
             Exception: on every rank, what made the save before this one fail.
         """
+        rng = gather_rng(self._distributed)
         began = time.monotonic()
         self.wait()
         self._buffers = engine.full_state(self._buffers)
@@ -53,10 +59,22 @@ class Saver:
         if not self._distributed.is_main:
             return
         self._watchdog.writing_since = began
-        arguments = (self._buffers, state, about, rng, began, result)
+        arguments = (self._buffers, state, about | self._circumstances(engine), rng, began, result)
         # Not a daemon: an interpreter that ends in the ordinary way lets it finish.
         self._thread = threading.Thread(target=self._write, args=arguments, name="save")
         self._thread.start()
+
+    def _circumstances(self, engine: Engine) -> dict[str, Any]:
+        ranks = self._distributed.num_ranks
+        return {
+            "topology": {
+                "ranks": ranks,
+                "ranks_a_node": int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
+                "engine": type(engine).__name__,
+                "precision": engine.precision,
+            },
+            "config_sha256": config_hash(self.config),
+        }
 
     def failed(self) -> bool:
         """Whether the last save failed, on rank 0: the next `wait` raises it on every rank."""

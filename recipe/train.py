@@ -16,36 +16,31 @@ import torch
 import torch.distributed as dist
 
 from recipe import checkpoint
-from recipe.config import Config, ConfigError, config_hash, parse_ranges, parse_steps
-from recipe.data.stream import RowStream
+from recipe.config import Config, parse_steps
 from recipe.distributed import COLLECTIVE_TIMEOUT, Distributed, resolve_precision
 from recipe.engine import Engine, make_engine
-from recipe.evaluation.in_loop import InLoopHellaSwag, sample, validate
-from recipe.evaluation.items import read_items
+from recipe.evaluation.periodic import PeriodicEvaluation, due
 from recipe.evaluation.scoring import Interrupted
-from recipe.files import write_json
 from recipe.initial_weights import load_initial_weights
 from recipe.inputs import Inputs
 from recipe.micro_batch import check_alike, predicted_memory
 from recipe.model import build_model, cut_rows
 from recipe.monitor.console import Console
 from recipe.monitor.live import LiveRun
-from recipe.monitor.metrics import MetricsLog, WallClock, format_duration, progress_line
+from recipe.monitor.metrics import MetricsLog, WallClock, progress_line
 from recipe.monitor.run_record import record_start
 from recipe.monitor.trackers import Reporter, start_reporting
-from recipe.optim.groups import parameter_groups, state_kinds
 from recipe.optim.schedule import hyperparameters
 from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.publish.finish import finish_run
 from recipe.publish.outbox import BackgroundPush, check_destination
-from recipe.publish.training_state import is_pulled, keep_pulled, pull_on_main
 from recipe.recovery import Recovery, Rollback, TrainingError
-from recipe.rng import gather_rng, restore_rng
 from recipe.run_folder import RunFolder, describe_environment
 from recipe.saving import Saver, check_disk
 from recipe.signals import StopSignals
-from recipe.spikes import SkippedRows, SpikeFinder
+from recipe.start import Start
 from recipe.steps import Step, Steps, StepTimer
+from recipe.stopping import StopReasons
 from recipe.watchdog import Watchdog
 
 
@@ -59,11 +54,10 @@ class Run:
         """Optimizer steps done."""
         self.reporter: Reporter | None = None
         self._recovery = Recovery(config)
-        self._evaluation_due, self._evaluated = False, []
-        self._lineage: list[int] = []
         self._compiled: set[int] = set()
         """Lengths of sequences that the model has been compiled for, if it is compiled."""
-        self._validated: tuple[int, float] | None = None
+        self._versions: dict[str, str] = {}
+        """On rank 0, of the packages."""
         self._push: BackgroundPush | None = None
         """On rank 0, if the run is pushed."""
 
@@ -74,6 +68,7 @@ class Run:
         self.watchdog = Watchdog(self.distributed, limit, self._fail)
         self.console = Console(self.distributed.is_main)
         self.saver = Saver(self.folder.checkpoints, self.config, self.distributed, self.watchdog)
+        self.stop_reasons = StopReasons(self.config, self._started, self.signals, self.saver, self.distributed)
         self.say(f"{self.plan.num_processes} ranks on {self._device_name()}")
         try:
             self._set_up()
@@ -139,59 +134,38 @@ class Run:
             distributed.on_main(self.folder.lock)
         self.precision = resolve_precision(config.precision, distributed.cuda)
         check_alike(distributed.gather((config.micro_batch_size, bool(config.activation_checkpointing))))
-        self._pulled = None
-        if config.resume.startswith("hub:"):
-            self._pulled = pull_on_main(config.resume, self.folder, distributed)
+        self.start = Start(config, self.folder, distributed, self.say)
         if config.push_to_hub:
             distributed.on_main(check_destination, config, self.folder, self.say)
-        self.hellaswag = None
-        items = distributed.on_main(read_items, config.evaluate_data, config.hellaswag_items) if config.hellaswag_every else []
         self.inputs = Inputs(config, self.plan, self.folder, distributed)
-        self.tokenizer = self.inputs.tokenizer
-        if items:
-            self.hellaswag = InLoopHellaSwag(items, self.tokenizer, config)
         self.encoder = self.inputs.vocab_encoder
         self.say(self.inputs.summary)
         distributed.on_main(check_disk, self.folder.checkpoints, config, self.plan, self.encoder.vocab_size)
-        start = self._find_checkpoint()
-        state = start.state() if start else None
-        self._open_stream(state)
-        if state and state["validation_rows"] != self.inputs.validation_hash:
-            raise ConfigError(
-                "validation_data: the text differs from what the run began with; restore it, or name another output_dir"
-            )
+        self.start.find()
+        self.stream = self.start.open_stream(self.inputs)
         # A continued run finds what its first start has compiled.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((self.folder.cache / "compiled").absolute()))
         os.environ.setdefault("TRITON_CACHE_DIR", str((self.folder.cache / "compiled" / "triton").absolute()))
         model = build_model(config, self.encoder.vocab_size, self.encoder.end_of_text)
-        if config.init_from and not start:
+        if config.init_from and not self.start.checkpoint:
             load_initial_weights(model, config, self.encoder.vocab_size, distributed)
-        full_state = start.full_state() if start else {}
-        shapes = {n: t.shape for n, t in full_state.items() if n.startswith("model.")}
-        if start and shapes != {f"model.{n.removeprefix('gpt2.')}": p.shape for n, p in model.named_parameters()}:
-            raise ConfigError(f"resume: {start.path} holds another model; give its n_layer, n_embd and n_positions")
-        kinds = state_kinds(parameter_groups(model, config))
-        expected = {f"{kind}.{name.removeprefix('gpt2.')}" for name in kinds for kind in kinds[name]}
-        if start and not expected <= full_state.keys():
-            theirs = "muon" if any(n.startswith("momentum_buffer.") for n in full_state) else "adamw"
-            name = "optimizer" if theirs != config.optimizer else "muon_variant"
-            raise ConfigError(
-                f"{name}: {start.path} holds the state of {theirs}, not of {getattr(config, name)}; set {name} {theirs}"
-            )
+        self.start.check_model(model)
         self.engine: Engine = make_engine(model, config, self.plan, distributed, self.precision)
         flops = functools.partial(flops_per_token, config, self.encoder.vocab_size)
-        self._steps = Steps(self.plan, flops, self._peak_flops(), distributed)
-        self.best_val_loss = float("inf")
-        self._restore_history(state)
-        if start:
-            self._load(start, full_state, state)
-            self.say(f"continuing from {start.path} at step {start.step}")
-        distributed.on_main(self._claim_folder, self.inputs.training.name, start)
+        peak = peak_flops(torch.cuda.get_device_name()) if distributed.cuda else None
+        self._steps = Steps(self.plan, flops, peak, distributed)
+        self.evaluation = PeriodicEvaluation(
+            config, self.folder, self.inputs, self.engine, self.watchdog, self.stop_reasons.first
+        )
+        self._begin()
+        if self.start.checkpoint:
+            self.say(f"continuing from {self.start.checkpoint.path} at step {self.step}")
+        distributed.on_main(self._claim_folder)
         if distributed.is_main:
             self.reporter = start_reporting(config, self.folder.path, self.say)
         self._clock = WallClock(self._metrics_path, self._started)
         self._live = LiveRun(self.config, self.plan, self.folder.path, self._clock, self.watchdog)
-        self._open_metrics(start.step if start else -1)
+        self._open_metrics(self.step if self.start.checkpoint else -1)
         for line in self.plan.lines(config, self.encoder.vocab_size):
             self.say(line)
         if distributed.cuda:
@@ -208,45 +182,12 @@ class Run:
             return None
         return predicted_memory(self.config, self.plan.num_processes, self.encoder.vocab_size)
 
-    def _open_stream(self, state: dict | None) -> None:
-        """The rows from a checkpoint's state on, without what the user or a rollback has ruled out."""
-        config = self.config
-        self._skipped_rows = SkippedRows(self.folder.skipped_rows)
-        recorded = self.distributed.on_main(self._skipped_rows.left_out)
-        self._left_out = sorted({*recorded, *((a, b) for a, b in (state or {}).get("left_out", ()))})
-        try:
-            self.stream = RowStream(
-                self.inputs.training,
-                self.inputs.encoder,
-                config.sequence_length,
-                config.seed,
-                config.max_epochs,
-                self.distributed,
-                config.data_workers,
-                state["data"] if state else None,
-                list(dict.fromkeys([*parse_ranges(config.skip_rows), *self._left_out])),
-                config.accept_other_data,
-                config.packing,
-            )
-        except ValueError as error:
-            raise ConfigError(f"data: {error}; restore it, name another output_dir, or set accept_other_data") from error
-        for accepted in self.stream.accepted:
-            self.say(f"accepted: {accepted}")
-
-    def _restore_history(self, state: dict | None) -> None:
-        config, history = self.config, (state or {}).get("spike_losses", ())
-        self.spikes = None
-        if config.spike_action != "none":
-            self.spikes = SpikeFinder(config.spike_window, config.spike_threshold, self.distributed.device, history)
-
-    def _load(self, start: checkpoint.Checkpoint, full_state: dict[str, torch.Tensor], state: dict) -> None:
-        self.engine.load_full_state(full_state)
-        restore_rng(start.rng(), self.distributed)
-        self.step = start.step
-        self.best_val_loss = state["best_val_loss"]
-        self._lineage = [*state.get("lineage", ()), start.step]
-        # An evaluation at the checkpoint's step that a stop cut short is taken up again.
-        self._evaluation_due, self._evaluated = state.get("evaluation_due", False), state.get("evaluated", [])
+    def _begin(self) -> None:
+        """Be where the training starts, also when a rollback starts it again."""
+        self.spikes = self.start.spike_finder()
+        self.start.load(self.engine)
+        self.step = self.start.step
+        self.evaluation.restore(self.start.state)
 
     @property
     def _metrics_path(self) -> Path:
@@ -261,49 +202,22 @@ class Run:
             self._live.reload()
         self._record_position(self.step)
 
-    def _claim_folder(self, text: str, start: checkpoint.Checkpoint | None) -> None:
+    def _claim_folder(self) -> None:
         environment = describe_environment(self.plan.num_processes, type(self.engine).__name__, self.precision)
         settled = {
             "micro_batch_size": self.config.micro_batch_size,
             "activation_checkpointing": self.config.activation_checkpointing,
             "predicted_memory_gib": self._predicted_memory(),
         }
-        validation = {"validation_sha256": self.inputs.validation_hash}
-        self.folder.claim(self.config, environment | settled | validation | {"text": text})
+        text = {"validation_sha256": self.inputs.validation_hash, "text": self.inputs.training.name}
+        self.folder.claim(self.config, environment | settled | text)
         record_start(self.folder.path, self.step, environment)
-        if start and self.config.resume != "auto":
-            self._set_aside(start)
-        if start and is_pulled(start, self.folder):
-            keep_pulled(start, self.folder)
+        self.start.settle()
         if self.config.push_to_hub:
             self._push = BackgroundPush(self.folder, self.config, self.say)
-        self.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
+        self.inputs.tokenizer.save_pretrained(self.folder.cache / "tokenizer")
         self.folder.status("running", None, self.step, self.plan.tokens_after(self.step))
         self._versions = environment["versions"]
-
-    def _set_aside(self, start: checkpoint.Checkpoint) -> None:
-        for path in checkpoint.set_aside(self.folder.checkpoints, start):
-            self.say(f"set aside: {path}, which the run from step {start.step} on replaces")
-
-    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
-        if self.config.resume == "none":
-            return None
-        if self._pulled:
-            return self._pulled
-        if self.config.resume != "auto" and not self.config.resume.startswith("hub:"):
-            try:
-                return self.distributed.on_main(checkpoint.verify, Path(self.config.resume))
-            except checkpoint.CheckpointError as error:
-                raise ConfigError(f"resume: {error}") from error
-        found, skipped = self.distributed.on_main(checkpoint.find_newest, self.folder.checkpoints)
-        for reason in skipped:
-            self.say(f"passed over: {reason}")
-        if found is None and skipped:
-            raise ConfigError(
-                f"resume: none of the {len(skipped)} checkpoints in {self.folder.checkpoints} is whole; choose another "
-                "output_dir to start afresh"
-            )
-        return found
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -319,13 +233,13 @@ class Run:
         gc.disable()
         while True:
             last = step == self.plan.max_steps
-            stop = self._reason_to_stop()
-            save = (last and keep_model) or stop or _due(step, self.config.save_every) or step in save_at
+            stop = self.stop_reasons.first()
+            save = (last and keep_model) or stop or due(step, self.config.save_every) or step in save_at
             if (last or save or step % self.config.log_every == 0) and self._write_pending():
                 step = first = self.step  # it went back
                 continue
             new = step > first or step == 0  # what a continued run did at this step before is not done again
-            if new or self._evaluation_due:
+            if new or self.evaluation.unfinished:
                 try:
                     self._evaluate(step, last)
                 except Interrupted as interrupted:
@@ -340,27 +254,6 @@ class Run:
                 return None if last else stop
             self._train_step(step)
             step += 1
-
-    def _reason_to_stop(self) -> str | None:
-        """On all ranks alike: what asks for a stop on any of them. One exchange a step, in which also the news travels that a
-        save has failed."""
-        signalled = int(self.signals.received or 0)
-        flags = [signalled, self._out_of_time(), self.saver.failed()]
-        signalled, out_of_time, save_failed = self.distributed.sum(np.array(flags, dtype=np.int64)).tolist()
-        if save_failed:
-            self.saver.wait()
-        if signalled:
-            # A signal to any rank stops all of them.
-            return f"signal {self.signals.received.name if self.signals.received else 'to another rank'}"
-        return f"max_hours {self.config.max_hours:g}" if out_of_time else None
-
-    def _out_of_time(self) -> bool:
-        """On rank 0: whether it is time to save and stop."""
-        if self.config.max_hours is None or not self.distributed.is_main:
-            return False
-        limit = 3600 * self.config.max_hours
-        reserve = min(60.0, limit / 20) + 2 * self.saver.longest
-        return time.monotonic() - self._started > limit - reserve
 
     def _train_step(self, step: int) -> None:
         timer = StepTimer(self.distributed.cuda)
@@ -396,7 +289,7 @@ class Run:
         taken = self._steps.read()
         if not taken:
             return False
-        steps, rollback = self._recovery.examine(taken, self._skipped_rows if self.distributed.is_main else None)
+        steps, rollback = self._recovery.examine(taken, self.start.skipped_rows if self.distributed.is_main else None)
         lines = [self._steps.line(step) for step in steps]
         self.metrics.write(lines)
         gc.collect()
@@ -417,24 +310,12 @@ class Run:
     def _roll_back(self, rollback: Rollback) -> None:
         self._recovery.rolls_back(rollback)
         self.saver.wait()
-        reason, bad = rollback.reason, rollback.bad
-        found, _ = self.distributed.on_main(checkpoint.find_newest, self.folder.checkpoints, rollback.last_good_step)
-        if found is None:
-            raise TrainingError(f"{reason}, and there is no checkpoint before step {bad[0]['step']} to go back to")
-
-        def record() -> None:
-            self._skipped_rows.add([one | {"action": "rollback", "to_step": found.step} for one in bad])
-            self._set_aside(found)
-
-        self.distributed.on_main(record)
-        self.say(f"{reason}: back to step {found.step}, without rows {', '.join(str(one['rows']) for one in bad)}")
+        self.start.go_back(rollback)
         self.stream.close()
         self.metrics.close()
-        state = found.state()
-        self._open_stream(state)
-        self._restore_history(state)
-        self._load(found, found.full_state(), state)
-        self._open_metrics(found.step)
+        self.stream = self.start.open_stream(self.inputs)
+        self._begin()
+        self._open_metrics(self.step)
 
     def _record_position(self, step: int) -> None:
         """Note where the text stands, so that scripts/inspect_data.py need not read it all to show a batch."""
@@ -443,91 +324,29 @@ class Run:
             with open(self.folder.positions, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": step, "fingerprint": self.stream.fingerprint, **position}) + "\n")
 
-    def _peak_flops(self) -> float | None:
-        return peak_flops(torch.cuda.get_device_name()) if self.distributed.cuda else None
-
     # --- periodic work --------------------------------------------------------------------------------------------
 
     def _evaluate(self, step: int, last: bool) -> None:
-        """What is due at this step, but for what is done already if it was given up before.
-
-        Raises:
-            Interrupted: if there is a reason to stop; the checkpoint then knows what is done.
-        """
-        config = self.config
-        evaluations = (
-            ("validation", self._validate, step == 0 or last or _due(step, config.eval_every)),
-            ("hellaswag", self._evaluate_hellaswag, self.hellaswag and step and (last or _due(step, config.hellaswag_every))),
-            ("samples", self._sample, (last and config.keep_model) or (step and _due(step, config.sample_every))),
-        )
-        self._evaluation_due = True
-        for name, evaluate, due in evaluations:
-            if due and name not in self._evaluated:
-                evaluate(step)
-                self._evaluated.append(name)
-        self._evaluation_due, self._evaluated = False, []
-
-    def _validate(self, step: int) -> None:
-        began = time.perf_counter()
-        size = self.config.micro_batch_size
-        found = validate(self.engine, self.inputs, size, self.distributed, self.watchdog, step, self._reason_to_stop)
-        self.best_val_loss = min(self.best_val_loss, found["val_loss"])
-        self._validated = step, found["val_loss"]
-        self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), **found}])
-        self.say(
-            f"step {step} | validation loss {found['val_loss']:.4f} | {found['val_bits_per_byte']:.4f} bits a byte | "
-            f"{format_duration(time.perf_counter() - began)}"
-        )
-
-    def _evaluate_hellaswag(self, step: int) -> None:
-        began = time.perf_counter()
-        self.watchdog.enter("evaluate", step)
-        found = self.hellaswag.evaluate(self.engine.model, self.distributed, self._reason_to_stop)
-        self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), **found}])
-        cut = f" | {found['hellaswag_truncated']} inputs cut" if found["hellaswag_truncated"] else ""
-        self.say(
-            f"step {step} | HellaSwag acc {found['hellaswag_acc']:.4f}, acc_norm {found['hellaswag_acc_norm']:.4f} (lm-eval), "
-            f"acc_norm {found['hellaswag_completion_acc_norm']:.4f} (completion), {found['hellaswag_n']} items{cut} | "
-            f"{format_duration(time.perf_counter() - began)}"
-        )
-
-    def _sample(self, step: int) -> None:
-        self.watchdog.enter("sample", step)
-        if self.distributed.is_main:
-            samples = sample(self.engine.model, self.tokenizer, self.encoder.vocab_size, self.config.seed)
-            write_json(self.folder.evaluation / f"samples-step-{step:08d}.json", {"step": step, "samples": samples})
-            for one in samples:
-                self.say(f"  sample: {one['prompt']}{one['continuation']!r}")
-        self.distributed.barrier()
+        """Evaluate what is due; Interrupted if there is a reason to stop, and then a checkpoint knows what is done."""
+        for finding in self.evaluation.evaluate(step, last):
+            if finding.fields:
+                self.metrics.write([{"step": step, "tokens": self.plan.tokens_after(step), **finding.fields}])
+            for line in finding.lines:
+                self.say(line)
 
     def _save(self, step: int) -> None:
         self.watchdog.enter("save", step)
-        data = self.stream.state()
-        rng = gather_rng(self.distributed)
         state = {
             "tokens": self.plan.tokens_after(step),
-            "data": data,
-            "best_val_loss": self.best_val_loss,
+            "data": self.stream.state(),
             "validation_rows": self.inputs.validation_hash,
             "spike_losses": self.spikes.state() if self.spikes else [],
-            "left_out": self._left_out,
-            "lineage": self._lineage,
-            "evaluation_due": self._evaluation_due,
-            "evaluated": self._evaluated,
+            "left_out": self.start.left_out,
+            "lineage": self.start.lineage,
+            **self.evaluation.state(),
         }
-        about = {
-            "val_loss": self._validated[1] if self._validated and self._validated[0] == step else None,
-            "topology": {
-                "ranks": self.plan.num_processes,
-                "ranks_a_node": int(os.environ.get("LOCAL_WORLD_SIZE", self.plan.num_processes)),
-                "engine": type(self.engine).__name__,
-                "precision": self.precision,
-            },
-            "config_sha256": config_hash(self.config),
-            "versions": self._versions if self.distributed.is_main else {},
-            "lineage": self._lineage,
-        }
-        self.saver.save(step, self.engine, state, about, rng)
+        about = {"val_loss": self.evaluation.val_loss_at(step), "versions": self._versions, "lineage": self.start.lineage}
+        self.saver.save(step, self.engine, state, about)
         self._recovery.saved(step)
 
     def _finish_saving(self) -> None:
@@ -546,7 +365,3 @@ class Run:
             if self._push:
                 self._push.saved(checkpoint.Checkpoint(path, done["step"]))
             self.metrics.write([done])
-
-
-def _due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0

@@ -21,7 +21,10 @@ from pathlib import Path
 from recipe import checkpoint, cli, files, inputs, run_folder, train
 from recipe.data.stream import RowStream
 from recipe.engine import Engine, ReplicatedEngine
+from recipe.evaluation import periodic
+from recipe.evaluation.periodic import PeriodicEvaluation
 from recipe.model import PretrainingModel
+from recipe.start import Start
 from recipe.train import Run
 from recipe.zero1 import Zero1Engine
 
@@ -51,8 +54,8 @@ def run_rank(rank: int, ranks: int, engine: str, port: int, folder: str, argumen
     )  # fmt: skip
     # One thread: more wait for each other, on a busy machine, longer than they compute.
     os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())
-    # What follows the training is not in question here.
-    Run._sample = lambda self, step: None
+    # Samples, and what follows the training, are not in question here.
+    periodic.sample = lambda *arguments: []
     train.finish_run = lambda *arguments: None
     note_rows(Path(folder) / f"ledger-{rank}-{os.getpid()}.jsonl", rank, ranks)
     for where, name, options in faults:
@@ -114,7 +117,7 @@ PLACES = {
     "step": lambda: (Run, "_train_step"),
     "micro-step": lambda: (PretrainingModel, "forward"),
     "read": lambda: (RowStream, "_allocate"),
-    "validate": lambda: (Run, "_validate"),
+    "validate": lambda: (PeriodicEvaluation, "_validate"),
     "losses": lambda: (engine_class(), "losses"),
     "set-up": lambda: (checkpoint, "find_newest"),
     "save": lambda: (Run, "_save"),
@@ -254,7 +257,7 @@ def _note_step(at: dict) -> None:
 @fault
 def note_state(fired: Callable, path: str) -> None:
     """Not a fault: notes hashes of the whole state as built, before a checkpoint is loaded into it, and after."""
-    original = Run._load
+    original = Start.load
 
     def digest(engine: Engine) -> str:
         state = engine.full_state()
@@ -263,15 +266,17 @@ def note_state(fired: Callable, path: str) -> None:
             total.update(name.encode() + state[name].numpy().tobytes())
         return total.hexdigest()
 
-    def load(self, start, full_state, state):
-        fresh = digest(self.engine)
-        original(self, start, full_state, state)
-        loaded = digest(self.engine)
-        if self.distributed.is_main:
+    def load(self, engine):
+        if not self.checkpoint:
+            return
+        fresh = digest(engine)
+        original(self, engine)
+        loaded = digest(engine)
+        if engine.distributed.is_main:
             fired()
-            files.write_json(Path(path), {"fresh": fresh, "loaded": loaded, "step": start.step})
+            files.write_json(Path(path), {"fresh": fresh, "loaded": loaded, "step": self.step})
 
-    Run._load = load
+    Start.load = load
 
 
 @fault
