@@ -1,4 +1,4 @@
-"""Where the training starts: with new weights, or at a checkpoint, of the run or of its last rollback."""
+"""Where the training starts: with new weights, or at a checkpoint; a rollback starts it again at an earlier one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from recipe.spikes import SkippedRows, SpikeFinder
 
 
 class Start:
-    """The checkpoint to go on from, and what is taken out of it. The same on every rank; its methods are collective.
+    """The checkpoint to go on from, and what a run takes out of it. Its methods are collective.
 
     Attributes:
         checkpoint: None for new weights.

@@ -41,6 +41,7 @@ def assert_same(found: Checkpoint, step: int) -> None:
     assert found.state() == {"step": step, **state(step)}
     ours, theirs = full_state(step), found.full_state()
     assert ours.keys() == theirs.keys()
+    assert found.shapes() == {name: tensor.shape for name, tensor in ours.items()}
     for name, tensor in ours.items():
         assert theirs[name].dtype == torch.float32 and torch.equal(theirs[name], tensor), name
 
