@@ -118,6 +118,7 @@ PLACES = {
     "micro-step": lambda: (PretrainingModel, "forward"),
     "read": lambda: (RowStream, "_allocate"),
     "validate": lambda: (PeriodicEvaluation, "_validate"),
+    "hellaswag": lambda: (PeriodicEvaluation, "_evaluate_hellaswag"),
     "losses": lambda: (engine_class(), "losses"),
     "set-up": lambda: (checkpoint, "find_newest"),
     "save": lambda: (Run, "_save"),

@@ -329,12 +329,13 @@ def test_a_signal_to_one_rank(
         assert hashes(folder, STEPS) == hashes(bench.undisturbed(engine, ranks), STEPS)
 
 
+def validated(run: Path) -> list[tuple]:
+    return [(r["step"], r["val_loss"]) for r in metrics(run) if "val_loss" in r]
+
+
 @pytest.mark.promise("An evaluation does not hold up the save, and is made up for", "SIGTERM in the middle of a validation")
 @both_engines
 def test_signal_in_the_middle_of_a_validation(bench: Bench, engine: str, tmp_path: Path) -> None:
-    def validated(run: Path) -> list[tuple]:
-        return [(r["step"], r["val_loss"]) for r in metrics(run) if "val_loss" in r]
-
     folder, fields = tmp_path / "run", {"eval_every": 4}
     undisturbed = validated(bench.undisturbed(engine, **fields))
     assert [step for step, _ in undisturbed] == [0, 4, 8, STEPS]
@@ -348,6 +349,23 @@ def test_signal_in_the_middle_of_a_validation(bench: Bench, engine: str, tmp_pat
     assert assert_one_valid(folder) == 4 and validated(folder) == undisturbed[:1]
     bench.job(folder, engine, **fields).succeed()
     assert validated(folder) == undisturbed
+
+
+@pytest.mark.promise("An evaluation does not hold up the save, and is made up for", "SIGTERM between validation and HellaSwag")
+def test_what_was_evaluated_before_a_signal_is_not_evaluated_again(bench: Bench, tmp_path: Path) -> None:
+    folder, fields = tmp_path / "run", {"eval_every": 4, "hellaswag_every": 4, "evaluate_data": "mini", "hellaswag_items": 8}
+    undisturbed = bench.undisturbed("ddp", **fields)
+    faults = [
+        (1, "sleep", {"place": "hellaswag", "call": 1, "seconds": 1}),
+        (1, "send", {"number": TERM, "place": "hellaswag", "call": 1}),
+    ]
+    job = bench.job(folder, "ddp", faults=faults, **fields)
+    assert job.wait() == [75, 75] and job.fired(1), job.output()
+    assert assert_one_valid(folder) == 4 and validated(folder) == validated(undisturbed)[:2]
+    bench.job(folder, "ddp", **fields).succeed()
+    assert validated(folder) == validated(undisturbed)
+    scored = [[(r["step"], r["hellaswag_acc"]) for r in metrics(run) if "hellaswag_acc" in r] for run in (folder, undisturbed)]
+    assert scored[0] == scored[1] and [step for step, _ in scored[0]] == [4, 8, STEPS]
 
 
 @pytest.mark.promise("An emergency save works while another is being written", "SIGTERM during a slow write")
