@@ -24,6 +24,7 @@ from recipe.engine import Engine, ReplicatedEngine
 from recipe.evaluation import periodic
 from recipe.evaluation.periodic import PeriodicEvaluation
 from recipe.model import PretrainingModel
+from recipe.rng import gather_rng
 from recipe.start import Start
 from recipe.train import Run
 from recipe.zero1 import Zero1Engine
@@ -257,7 +258,8 @@ def _note_step(at: dict) -> None:
 
 @fault
 def note_state(fired: Callable, path: str) -> None:
-    """Not a fault: notes hashes of the whole state as built, before a checkpoint is loaded into it, and after."""
+    """Not a fault: notes hashes of the whole state as built, before a checkpoint is loaded into it, and after; and whether
+    every rank's random generators are then those of the checkpoint."""
     original = Start.load
 
     def digest(engine: Engine) -> str:
@@ -272,10 +274,11 @@ def note_state(fired: Callable, path: str) -> None:
             return
         fresh = digest(engine)
         original(self, engine)
-        loaded = digest(engine)
+        loaded, rng, saved = digest(engine), gather_rng(engine.distributed), self.checkpoint.rng()
+        same = rng.keys() == saved.keys() and all(rng[name].equal(saved[name]) for name in rng)
         if engine.distributed.is_main:
             fired()
-            files.write_json(Path(path), {"fresh": fresh, "loaded": loaded, "step": self.step})
+            files.write_json(Path(path), {"fresh": fresh, "loaded": loaded, "rng": same, "step": self.step})
 
     Start.load = load
 

@@ -81,7 +81,7 @@ def test_resume_from_each_step(bench: Bench, engine: str, tmp_path: Path) -> Non
         folder, noted = bench.copy(engine, tmp_path / str(step), step), tmp_path / f"{step}.json"
         job = bench.job(folder, engine, faults=[(rank, "note_state", {"path": str(noted)}) for rank in range(2)]).succeed()
         state = json.loads(noted.read_text())
-        assert job.fired(0) and state["step"] == step and state["fresh"] != state["loaded"]
+        assert job.fired(0) and state["step"] == step and state["fresh"] != state["loaded"] and state["rng"]
         theirs = {r["step"]: r["train_loss"] for r in metrics(undisturbed) if "train_loss" in r}
         ours = {r["step"]: r["train_loss"] for r in metrics(folder) if "train_loss" in r}
         assert ours == {n: loss for n, loss in theirs.items() if n > step}
