@@ -20,7 +20,7 @@ from recipe.tokenizer import Encoder, load_tokenizer, obtain_tokenizer
 
 
 class Inputs:
-    """Opened and checked on every rank. Collective.
+    """Opened on every rank, with the tokenizer, which says how large the model is; `read` does the rest. Collective.
 
     Attributes:
         hellaswag_items: empty if the run does not evaluate them.
@@ -30,7 +30,7 @@ class Inputs:
         validation_rows: token ids [rows, sequence + 1].
         summary: one line about their sizes.
     Raises:
-        ConfigError: for text that cannot be read or does not last for the run, and for items that cannot be had.
+        ConfigError: for text, a tokenizer or items that cannot be had.
     """
 
     def __init__(self, config: Config, plan: Plan, folder: RunFolder, distributed: Distributed):
@@ -45,10 +45,20 @@ class Inputs:
             if isinstance(corpus, PreparedCorpus):
                 distributed.on_each_node(corpus.fetch)
         self.tokenizer = distributed.on_main(self._obtain_tokenizer, training, validation is None)
+        self._opened = training, validation, plan.total_tokens
+
+    def read(self) -> None:
+        """Read the validation rows, and find out whether the text lasts for the run. Collective.
+
+        Raises:
+            ConfigError: for text that cannot be read or does not last for the run.
+        """
+        config, distributed = self._config, self._distributed
+        training, validation, tokens = self._opened
         self.vocab_encoder = Encoder(self.tokenizer)
         self.encoder = encoder_for(training, self.vocab_encoder, "data")
         self.validation_rows, self.training = self._split_validation(training, validation)
-        length, tokens, epochs = config.sequence_length, plan.total_tokens, config.max_epochs
+        length, epochs = config.sequence_length, config.max_epochs
         checked = distributed.on_main(check_length, self.training, self.encoder, length, tokens, epochs, config.packing)
         self.summary = f"{checked}; {self.validation_rows.shape[0] * config.sequence_length:,} validation tokens"
 

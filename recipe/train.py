@@ -24,7 +24,8 @@ from recipe.evaluation.scoring import Interrupted
 from recipe.initial_weights import load_initial_weights
 from recipe.inputs import Inputs
 from recipe.micro_batch import check_alike, predicted_memory
-from recipe.model import build_model, cut_rows
+from recipe.model import cut_rows
+from recipe.model_building import ModelBuilding, import_engine
 from recipe.monitor.console import Console
 from recipe.monitor.live import LiveRun
 from recipe.monitor.metrics import MetricsLog, WallClock, progress_line
@@ -138,15 +139,20 @@ class Run:
         if config.push_to_hub:
             distributed.on_main(check_destination, config, self.folder, self.say)
         self.inputs = Inputs(config, self.plan, self.folder, distributed)
+        building = ModelBuilding(config, len(self.inputs.tokenizer), int(self.inputs.tokenizer.eos_token_id))
+        self.inputs.read()
         self.encoder = self.inputs.vocab_encoder
         self.say(self.inputs.summary)
         distributed.on_main(check_disk, self.folder.checkpoints, config, self.plan, self.encoder.vocab_size)
         self.start.find()
         self.stream = self.start.open_stream(self.inputs)
+        self.stream.prefetch(self.plan.rows_at(self.start.checkpoint.step if self.start.checkpoint else 0))
         # A continued run finds what its first start has compiled.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((self.folder.cache / "compiled").absolute()))
         os.environ.setdefault("TRITON_CACHE_DIR", str((self.folder.cache / "compiled" / "triton").absolute()))
-        model = build_model(config, self.encoder.vocab_size, self.encoder.end_of_text)
+        import_engine(config, distributed)
+        gc.freeze()  # DeepSpeed collects garbage six times while it is set up: 0.3 s each through all that is imported
+        model = building.model()
         if config.init_from and not self.start.checkpoint:
             load_initial_weights(model, config, self.encoder.vocab_size, distributed)
         self.start.check_model(model)

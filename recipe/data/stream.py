@@ -174,7 +174,7 @@ class RowStream:
             drawn += len(part)
         self.rows = drawn
         batch = self._deliver(np.concatenate(shards), own_places, own_rows)
-        self._prefetch(rows)
+        self.prefetch(rows)
         return batch
 
     def _spans(self, shard: int, places: np.ndarray) -> Iterator[Span]:
@@ -310,8 +310,8 @@ class RowStream:
         batch[places] = taken
         return self._exchange.sum(batch)[rank::ranks].astype(self._dtype)
 
-    def _prefetch(self, rows: int) -> None:
-        """Set the threads to read ahead of the batches of `rows` rows."""
+    def prefetch(self, rows: int) -> None:
+        """Set the threads to read ahead of the batches of `rows` rows, which `next_batch` does by itself from then on."""
         if not self._pool:
             return
         live = np.flatnonzero(~self._finished)
