@@ -678,6 +678,18 @@ def test_close_ends_the_threads(corpus):
     assert not any(thread.is_alive() for thread in started)
 
 
+def test_the_first_batch_can_be_read_ahead(corpus, reference):
+    """While the model is made: the rows are there before anybody asks, and the stream still stands at the first of them."""
+    stream, untouched = make_stream(corpus, workers=2), make_stream(corpus)
+    stream.prefetch(32)
+    deadline = time.monotonic() + 30
+    while any(packer.buffered_rows < 2 for packer in stream._packers.values()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert stream.state() == untouched.state()
+    assert stream.next_batch(32).tolist() == reference[:32]
+    stream.close()
+
+
 def test_reading_ahead_happens_in_the_threads(corpus):
     readers = set()
 
