@@ -146,7 +146,7 @@ class Run:
         distributed.on_main(check_disk, self.folder.checkpoints, config, self.plan, self.encoder.vocab_size)
         self.start.find()
         self.stream = self.start.open_stream(self.inputs)
-        self.stream.prefetch(self.plan.rows_at(self.start.checkpoint.step if self.start.checkpoint else 0))
+        self.stream.prefetch(self.plan.rows_at(self.start.step))
         # A continued run finds what its first start has compiled.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((self.folder.cache / "compiled").absolute()))
         os.environ.setdefault("TRITON_CACHE_DIR", str((self.folder.cache / "compiled" / "triton").absolute()))
