@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -166,6 +167,32 @@ def test_a_step_neither_syncs_nor_recompiles(engine, monkeypatch: pytest.MonkeyP
         torch.cuda.set_sync_debug_mode("default")
     engine.losses(rows[:8])
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_activation_checkpointing_costs_no_accuracy_and_saves_memory() -> None:
+    from recipe.distributed import Distributed
+    from recipe.engine import make_engine
+    from recipe.model import build_model
+
+    found = {}
+    rows = torch.randint(0, VOCAB, (32, 1025), device="cuda")
+    for twice in ("false", "true"):
+        words = ["configs/gpt2-124m.yaml", "--n_layer", "4", "--batch_tokens", "32768", "--micro_batch_size", "32"]
+        words += ["--max_steps", "100", "--warmup_steps", "2", "--activation_checkpointing", twice]
+        config, plan = load_run(words, 1)
+        torch._dynamo.reset()
+        gc.collect()
+        engine = make_engine(build_model(config, VOCAB, 50256), config, plan, Distributed(), "bf16")
+        assert engine.model.kernels == choose_kernels(config, "bf16", torch.device("cuda:0"))
+        engine.train_step([rows], Hyperparameters(1e-4, 1e-4, 1e-2, 0.95))
+        torch.cuda.reset_peak_memory_stats()
+        result = engine.train_step([rows], Hyperparameters(1e-4, 1e-4, 1e-2, 0.95))
+        found[twice] = float(result.loss), float(result.grad_norm), torch.cuda.max_memory_allocated() / 2**30
+        del engine
+    (loss, norm, memory), (loss_twice, norm_twice, memory_twice) = found["false"], found["true"]
+    print("loss, gradient norm, peak GiB, without and with:", found)
+    assert abs(loss_twice - loss) < 1e-3 and abs(norm_twice / norm - 1) < 1e-2
+    assert memory_twice < memory - 1
 
 
 def test_plain_kernels_can_be_chosen() -> None:
