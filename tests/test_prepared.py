@@ -496,6 +496,14 @@ def test_a_missing_file_ends_the_training_before_it_begins(prepared: Path, tmp_p
     assert "Traceback" not in output
 
 
+def test_the_folder_s_own_tokenizer_is_loaded_once(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr("recipe.data.prepared.load_tokenizer", lambda name: loaded.append(name) or load_tokenizer(name))
+    own = str(prepared / "tokenizer")
+    load_prepared_tokenizer(open_prepared(str(prepared), "data")[0], own)
+    assert loaded == [own]
+
+
 def test_another_tokenizer_is_refused(prepared: Path, encoder: Encoder, tmp_path: Path) -> None:
     corpus = open_prepared(str(prepared), "data")[0]
     for name in ("openai-community/gpt2", "train:400", str(prepared / "tokenizer")):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -18,9 +19,10 @@ from recipe.config import ConfigError
 from recipe.parsing import load_config
 from recipe.plan import make_plan
 from recipe.search.comparison import End, ends_of, fit_group, literature_floor, noise_of, predict, ratios_of, trained
+from recipe.search.processes import Interrupted, run_forked, signals_noted
 from recipe.search.report import SECTIONS, write_report
 from recipe.search.results import append, check_unchanged, key_of, overrides_of, read_results
-from recipe.search.running import Interrupted, Search, fits, predicted_seconds, run_forked
+from recipe.search.running import Search, fits, predicted_seconds
 from recipe.search.statistics import (
     Noise,
     Point,
@@ -37,6 +39,7 @@ from recipe.search.statistics import (
     tokens_to_reach,
 )
 from recipe.search.trials import Stage, jobs_of, load_stages, parse_tokens, show_tokens
+from recipe.watchdog import has_ended
 
 STAGES = sorted((ROOT / "configs" / "search").glob("*.yaml"))
 STAGE = """
@@ -211,11 +214,28 @@ def finish(stage: Stage, tmp_path: Path, jobs, **fields) -> None:
 def test_what_is_in_the_results_is_not_run_again(stage: Stage, tmp_path: Path) -> None:
     assert len(search(stage, tmp_path).jobs_left()) == 9
     cosine, muon = (jobs_of(trial) for trial in stage.trials)
-    finish(stage, tmp_path, cosine[:3])
-    assert search(stage, tmp_path).next_job().label == "tiny-cosine-seed1-40k"
-    finish(stage, tmp_path, cosine[3:], state="failed", reason="no memory")
+    finish(stage, tmp_path, cosine[:1])
+    assert search(stage, tmp_path).next_job().label == "tiny-cosine-seed0-40k"
+    finish(stage, tmp_path, cosine[1:2], state="failed", reason="no memory")
     assert search(stage, tmp_path).next_job().label == "tiny-muon-seed0-stable"
-    assert search(stage, tmp_path, retry_failed=True).next_job().label == "tiny-cosine-seed1-40k"
+    assert search(stage, tmp_path, retry_failed=True).next_job().label == "tiny-cosine-seed0-40k"
+
+
+def test_the_first_seed_of_all_trials_comes_before_the_second(stage: Stage, tmp_path: Path) -> None:
+    assert [(job.trial.name, job.seed, job.kind) for job in search(stage, tmp_path).jobs_left()] == [
+        ("cosine", 0, "run"), ("cosine", 0, "run"), ("muon", 0, "stable"), ("muon", 0, "branch"), ("muon", 0, "branch"),
+        ("cosine", 1, "run"), ("cosine", 1, "run"), ("muon", 1, "stable"), ("muon", 1, "branch"),
+    ]  # fmt: skip
+
+
+def test_the_first_runs_of_the_project_s_stages_tell_most(tmp_path: Path) -> None:
+    def first_eight(number: int) -> list[str]:
+        jobs = Search(load_stages([STAGES[number - 1]]), tmp_path / "none", tmp_path, {"data": str(tmp_path)}).jobs_left()
+        return [job.trial.name for job in jobs[:8]]
+
+    grid = {f"adamw-{rate}" for rate in ("6e-4", "1.2e-3", "1.8e-3", "2.4e-3", "3e-3")}
+    assert {"llmc-cosine", "llmc-constant"} | grid < set(first_eight(1)), "no rate waits for the second seed of another"
+    assert {"muon", "muon-rate-0.01", "muon-rate-0.03", "rate-1.2e-3", "rate-3e-3", "batch-32k"} < set(first_eight(2))
 
 
 def test_a_branch_needs_its_checkpoint(stage: Stage, tmp_path: Path) -> None:
@@ -314,6 +334,58 @@ def test_a_signal_reaches_the_run(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="SIGTERM"):
         run_forked([], tmp_path / "log", wait)
     assert (tmp_path / "stopped").exists() and signal.getsignal(signal.SIGTERM) is before
+
+
+def tell_when(ready: Path) -> threading.Thread:
+    def tell() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    return thread
+
+
+def test_a_signal_ends_a_process_that_has_no_handler_yet(tmp_path: Path) -> None:
+    def set_up(_: list[str]) -> int:
+        (tmp_path / "ready").touch()
+        time.sleep(30)
+        return 0
+
+    tell_when(tmp_path / "ready")
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        run_forked([], tmp_path / "log", set_up)
+    assert time.monotonic() - began < 20
+
+
+def test_a_run_that_was_done_when_the_signal_came_counts(tmp_path: Path) -> None:
+    def finish_first(_: list[str]) -> int:
+        told = []
+        signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+        (tmp_path / "ready").touch()
+        while not told:
+            time.sleep(0.01)
+        return 0
+
+    tell_when(tmp_path / "ready")
+    with signals_noted() as received:
+        assert run_forked([], tmp_path / "log", finish_first) == 0
+        assert received == [signal.SIGTERM], "the search stops after it"
+
+
+def test_nothing_that_a_run_has_started_is_left(tmp_path: Path) -> None:
+    def leave(_: list[str]) -> int:
+        print(subprocess.Popen(["sleep", "60"]).pid)
+        return 0
+
+    assert run_forked([], tmp_path / "log", leave) == 0
+    left = int((tmp_path / "log").read_text())
+    deadline = time.monotonic() + 5
+    while not has_ended(left) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert has_ended(left)
 
 
 # --- what follows from the results ------------------------------------------------------------------------------------

@@ -139,3 +139,14 @@ def test_trials_to_results_to_report(tmp_path: Path, fineweb_folder: Path) -> No
             [sys.executable, SEARCH, str(bench.stage)], capture_output=True, text=True, env=dict(os.environ), timeout=60
         ).stderr
     )
+
+
+def test_a_fault_of_the_machine_does_not_fail_all_trials(tmp_path: Path, fineweb_folder: Path) -> None:
+    bench = Bench(tmp_path, fineweb_folder)
+    trials = [f"  - {{name: rate-{n}, group: llmc, budgets: [10k], set: {{learning_rate: {n}.0e-3}}}}" for n in range(1, 6)]
+    head = STAGE[: STAGE.index("trials:")] + "set: {kernels: fused, warmup_steps: 0.1}\n"  # for which there is no GPU
+    bench.stage.write_text("\n".join([f"{head}trials:", *trials]))
+    output = bench.run(code=2)
+    assert "2 runs in a row have failed before their first step" in output and "kernels: fused needs a GPU" in output, output
+    assert [(r["name"], r["state"]) for r in bench.records()] == [("rate-1", "failed"), ("rate-2", "failed")]
+    assert "rate-1-seed0-10k" in bench.run("--list", "--retry_failed") and "rate-1-seed0-10k" not in bench.run("--list")

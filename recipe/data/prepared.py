@@ -253,7 +253,7 @@ def load_prepared_tokenizer(corpus: PreparedCorpus, name: str) -> PreTrainedToke
     """The tokenizer that made the corpus.
 
     Args:
-        name: the configuration's `tokenizer`: the default, or one that gives the same ids.
+        name: the configuration's `tokenizer`: the default, the folder's own, or one that gives the same ids.
     Raises:
         ConfigError: if `name` gives other ids, or the folder's tokenizer does.
     """
@@ -261,7 +261,7 @@ def load_prepared_tokenizer(corpus: PreparedCorpus, name: str) -> PreTrainedToke
     tokenizer = load_tokenizer(str(path))
     if Encoder(tokenizer).hash != made_by:
         raise ConfigError(f"tokenizer: {path} is not what made the tokens beside it; run {REDO}, which makes it again")
-    if name not in (DataConfig.tokenizer, corpus.index["tokenizer"]) and (
+    if name not in (DataConfig.tokenizer, corpus.index["tokenizer"], str(path)) and (
         name.startswith("train:") or Encoder(load_tokenizer(name)).hash != made_by
     ):
         with_what = corpus.index["tokenizer"] or "another tokenizer"

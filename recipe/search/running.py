@@ -7,26 +7,23 @@ that has could not use it.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import shutil
-import signal
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields
-from recipe.data.token_index import is_prepared
+from recipe.data.token_index import TOKENIZER, is_prepared
 from recipe.estimate import data_tokens
+from recipe.search.processes import Interrupted, preload, run_forked, signals_noted, stop_if
 from recipe.search.results import Record, append, check_unchanged, key_of, make_record, read_results
-from recipe.search.trials import OWN_FIELDS, TEXT_FIELDS, Job, Stage, jobs_of, show_tokens
+from recipe.search.trials import OWN_FIELDS, TEXT_FIELDS, Job, Stage, Trial, jobs_of, show_tokens
 
 STOPPED = 75
 """Exit code of a run that a signal has stopped."""
@@ -34,12 +31,8 @@ RESERVE = 1.1
 """A run is taken to last this much longer than earlier ones say."""
 RECENT = 8
 """Runs whose start-up counts for the next one's."""
-STOP_PATIENCE_S = 60
-"""Seconds that a run may take to stop."""
-
-
-class Interrupted(Exception):
-    """A signal has stopped the search; what is finished is in the results."""
+FAILURES = 2
+"""Runs in a row that may fail before they have trained: after that the fault is hardly the trials'."""
 
 
 class Search:
@@ -82,46 +75,61 @@ class Search:
             how many runs are left.
         Raises:
             Interrupted: if a signal came.
-            ConfigError: if the text cannot be tokenised.
+            ConfigError: if the text cannot be tokenised, or one run after another fails before it trains.
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
         if self.next_job() is None:
             return 0
+        with signals_noted() as received:
+            self._run_all(received)
+        return len(self.jobs_left())
+
+    def _run_all(self, received: list[int]) -> None:
         # Every run finds what the ones before it have compiled.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.scratch / "compiled"))
         os.environ.setdefault("TRITON_CACHE_DIR", str(self.scratch / "compiled" / "triton"))
         preload()
+        stop_if(received)
         text = self._prepare_text()
         self._text_tokens = data_tokens(replace(self._text, data=str(text.get("data", self._text.data))))
-        with _signals_noted() as received:
-            while (job := self.next_job()) is not None:
-                if received:  # between two runs
-                    raise Interrupted(signal.Signals(received[0]).name)
-                elapsed, needed = time.monotonic() - self._began, predicted_seconds(job, list(self.records.values()))
-                if not fits(needed, elapsed, self._limit):
-                    takes = "" if needed is None else f"would take about {needed:.0f} s, and "
-                    left = max(0.0, self._limit - elapsed)
-                    self._say(f"{job.label}: {takes}{left:.0f} s are left; the same command goes on from here")
-                    break
-                self._run_job(job, text)
-        return len(self.jobs_left())
+        failed = 0
+        while (job := self.next_job()) is not None:
+            stop_if(received)  # between two runs
+            elapsed, needed = time.monotonic() - self._began, predicted_seconds(job, list(self.records.values()))
+            if not fits(needed, elapsed, self._limit):
+                takes = "" if needed is None else f"would take about {needed:.0f} s, and "
+                left = max(0.0, self._limit - elapsed)
+                self._say(f"{job.label}: {takes}{left:.0f} s are left; the same command goes on from here")
+                break
+            record = self._run_job(job, text)
+            # Step 0 is validated before it is trained.
+            failed = failed + 1 if record["state"] == "failed" and not record["curve"] else 0
+            if failed == FAILURES:
+                raise ConfigError(
+                    f"search: {failed} runs in a row have failed before their first step; mend that and give --retry_failed; "
+                    f"{self._log(job)} ends with: {record['reason']}"
+                )
 
     def jobs_left(self) -> list[Job]:
-        """What is not done, in order. A stable part is done when no branch needs it; failed, it takes its branches along."""
+        """What is not done, in order: of each stage the first seed of all trials, then the second, so that a search that is cut
+        short has tried more. A stable part is done when no branch needs it; failed, it takes its branches along."""
         left = []
-        for trial in (trial for stage in self.stages for trial in stage.trials):
-            jobs = jobs_of(trial)
-            for seed in trial.all_seeds:
-                own = [job for job in jobs if job.seed == seed]
-                stable = [job for job in own if job.kind == "stable"]
-                open_jobs = [job for job in own if job.kind != "stable" and not self._done(job)]
-                if stable and open_jobs:
-                    missing = any(self.checkpoint(job) is None for job in open_jobs)
-                    if self._failed(stable[0]) or (missing and stable[0].key in self._tried):
-                        continue
-                    left += stable if missing else []
-                left += open_jobs
+        for stage in self.stages:
+            for place in range(max(len(trial.all_seeds) for trial in stage.trials)):
+                for trial in stage.trials:
+                    left += [job for seed in trial.all_seeds[place : place + 1] for job in self._jobs_left(trial, seed)]
         return left
+
+    def _jobs_left(self, trial: Trial, seed: int) -> list[Job]:
+        own = [job for job in jobs_of(trial) if job.seed == seed]
+        stable = [job for job in own if job.kind == "stable"]
+        open_jobs = [job for job in own if job.kind != "stable" and not self._done(job)]
+        if not stable or not open_jobs:
+            return open_jobs
+        missing = any(self.checkpoint(job) is None for job in open_jobs)
+        if self._failed(stable[0]) or (missing and stable[0].key in self._tried):
+            return []
+        return stable + open_jobs if missing else open_jobs
 
     def next_job(self) -> Job | None:
         """The first that is not done."""
@@ -146,13 +154,16 @@ class Search:
     def _folder(self, job: Job) -> Path:
         return self.scratch / "runs" / job.label
 
-    def _run_job(self, job: Job, text: dict[str, Any]) -> None:
+    def _log(self, job: Job) -> Path:
+        return self.scratch / "logs" / f"{job.label}.log"
+
+    def _run_job(self, job: Job, text: dict[str, Any]) -> Record:
         folder, checkpoint = self._folder(job), None
         if job.kind == "branch":
             checkpoint = self.checkpoint(job)
         if job.kind != "stable":
             shutil.rmtree(folder, ignore_errors=True)  # what a search that was killed has left
-        log = self.scratch / "logs" / f"{job.label}.log"
+        log = self._log(job)
         log.parent.mkdir(exist_ok=True)
         arguments = job.arguments(folder, checkpoint, self.more | text)
         self._say(f"{job.label}: {show_tokens(job.tokens)} tokens, to step {job.steps}")
@@ -167,6 +178,7 @@ class Search:
         self.records[key_of(record)] = record
         self._say(f"{job.label}: {describe(record)}")
         self._tidy(job)
+        return record
 
     def _tidy(self, job: Job) -> None:
         """Delete the run folder, but for a model to keep and for checkpoints that a branch still needs."""
@@ -195,7 +207,9 @@ class Search:
             self._text.output_dir = str(folder)
             if run_forked([], log, lambda _: _tokenise(self._text)):
                 raise ConfigError(f"data: {self._text.data} could not be tokenised: {_last_line(log)}")
-        return {"data": folder, "validation_data": None, "tokenizer": self._text.tokenizer}
+        # The tokens' own tokenizer, if it has no name that others know: every run would load both to compare them.
+        own = os.path.exists(os.path.expanduser(self._text.tokenizer))
+        return {"data": folder, "validation_data": None, "tokenizer": folder / TOKENIZER if own else self._text.tokenizer}
 
 
 def fits(needed: float | None, elapsed: float, limit: float | None) -> bool:
@@ -228,97 +242,6 @@ def describe(record: Record) -> str:
         f"validation loss {record['val_loss']:.4f} after {show_tokens(record['tokens'])} tokens, "
         f"{record['tokens_per_second']:,.0f} tokens/s, {record['wall_seconds']:.0f} s"
     )
-
-
-def preload() -> None:
-    """Import what runs need, without touching the GPU.
-
-    Raises:
-        RuntimeError: if a library has touched it all the same.
-    """
-    # Ask the driver's library whether there is a GPU, not CUDA, which would be initialised by that.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    import accelerate  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import tiktoken  # noqa: F401
-    import torch
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
-
-    import recipe.train  # noqa: F401
-
-    if shutil.which("nvidia-smi") or os.path.exists("/dev/nvidiactl"):
-        import torch._inductor.compile_fx  # noqa: F401
-    if torch.cuda.is_initialized():
-        raise RuntimeError("a library has initialised CUDA in the parent of the trials, which could not use it then")
-
-
-def run_forked(arguments: list[str], log: Path, main: Callable[[list[str]], int] | None = None) -> int:
-    """Run `pretrain.py` with arguments, or another `main`, in a process forked from this one, its output in `log`.
-
-    Returns:
-        its exit code, negative for a signal that has killed it.
-    Raises:
-        Interrupted: if this process was told to stop; the child has ended then.
-    """
-    from recipe import cli
-
-    with _signals_noted() as received:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        parent, child = os.getpid(), os.fork()
-        if not child:
-            _be_the_run(parent, arguments, log, main or cli.main)
-        told = 0.0
-        while True:
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                break
-            if received and not told:
-                os.kill(child, signal.SIGTERM)
-                told = time.monotonic()
-            elif told and time.monotonic() - told > STOP_PATIENCE_S:
-                os.kill(child, signal.SIGKILL)
-            time.sleep(0.05)
-    if received:
-        raise Interrupted(signal.Signals(received[0]).name)
-    return os.waitstatus_to_exitcode(status)
-
-
-class _signals_noted:
-    """Within it, SIGTERM and SIGINT are noted in a list instead of ending the process."""
-
-    def __enter__(self) -> list[int]:
-        received: list[int] = []
-        self._before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
-        return received
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _be_the_run(parent: int, arguments: list[str], log: Path, main: Callable[[list[str]], int]) -> None:
-    """The child: never returns."""
-    code = 1
-    try:
-        # Ctrl-C in a terminal is the parent's affair.
-        os.setsid()
-        if sys.platform == "linux":
-            PR_SET_PDEATHSIG = 1
-            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(code)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))  # noqa: SIM115
-        code = main(arguments)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def _tokenise(config: Config) -> int:
