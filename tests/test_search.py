@@ -543,12 +543,24 @@ def test_the_report_of_a_stage_of_candidates(tmp_path: Path) -> None:
     losses = {("cosine", 20_000): [3.00, 3.02], ("cosine", 40_000): [2.9, 2.9], ("muon", 20_000): [2.5]}
     with pytest.raises(ConfigError, match="holds none"):
         write_report([stage], results, document, {})
-    for trial in stage.trials:
-        for job in jobs_of(trial):
-            loss = losses[trial.name, job.budget][job.seed]
-            made = synthetic(trial.group, job.budget, job.seed, "tiny", name=trial.name, val_loss=loss)
-            append(results, made | {"overrides": overrides_of(trial)})
+
+    def finish_some(*jobs) -> None:
+        for job in jobs:
+            loss = losses[job.trial.name, job.budget][job.seed]
+            made = synthetic(job.trial.group, job.budget, job.seed, "tiny", name=job.trial.name, val_loss=loss)
+            append(results, made | {"overrides": overrides_of(job.trial)})
+
+    first, *rest, last = (job for trial in stage.trials for job in jobs_of(trial))
+    finish_some(first)
+    assert write_report([stage], results, document, {}) == [document], "the baseline alone: a page without figures"
+    finish_some(last)
+    write_report([stage], results, document, {})
+    text = document.read_text()
+    assert "The baseline ends at 3.0000 after 20k (1 seed). 3 of the stage's 5 runs are missing." in text
+    assert "| muon | 20k | 1 | 2.5000 | +0.5000 |  | unknown: no seed noise |" in text
+    finish_some(*rest)
     written = write_report([stage], results, document, {})
+    assert "The baseline ends at 3.0100 after 20k (2 seeds).\n" in document.read_text()
     assert [p.name for p in written] == ["recipe.md", "gains-tiny.png"]
     # 0.0002 over 2 degrees of freedom: 0.01; times t 4.303 and the root of 1/2 + 1.
     assert "**0.0100 nats** (2 degrees" in document.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,9 +31,9 @@ from recipe.search.comparison import (
     trained,
 )
 from recipe.search.figures import draw_gains, draw_losses
-from recipe.search.results import Record, check_unchanged, read_results
+from recipe.search.results import Record, check_unchanged, key_of, read_results
 from recipe.search.statistics import INTERVAL, Gain, Noise, Reached, gain
-from recipe.search.trials import GROUPS, Stage, Trial, show_tokens
+from recipe.search.trials import GROUPS, Stage, Trial, jobs_of, show_tokens
 
 SECTIONS = ("noise", "gains", "comparison", "fit", "prediction", "trials", "failures")
 """Of the document: what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced."""
@@ -66,7 +67,7 @@ def write_report(stages: list[Stage], results: Path, document: Path, prices: dic
             picture = figures / f"gains-{stage.name}.png"
             draw_gains(stage.name, [(name, one) for name, _, _, one in found], picture)
             written.append(picture)
-            parts["gains"] += _gains_table(stage, found, f"{figures.name}/{picture.name}")
+            parts["gains"] += _gains_table(stage, found, runs, f"{figures.name}/{picture.name}")
     compared = {stage.name for stage in stages if stage.compare == "groups"}
     ends = ends_of(r for r in runs if r["stage"] in compared)
     if ends:
@@ -90,7 +91,7 @@ def gains_of(stage: Stage, runs: list[Record], noise: Noise | None) -> list[tupl
     """Of the trials of a stage over its baseline, in their order: name, budget, losses and gain."""
     losses: dict[tuple[str, int], list[float]] = {}
     for r in runs:
-        losses.setdefault((f"{r['stage']}/{r['name']}", r["budget"]), []).append(r["val_loss"])
+        losses.setdefault((_trial(r), r["budget"]), []).append(r["val_loss"])
     found = []
     for trial in stage.trials:
         own = f"{trial.stage}/{trial.name}"
@@ -142,7 +143,7 @@ def _noise_text(noise: Noise | None) -> str:
     )
 
 
-def _gains_table(stage: Stage, found: list[tuple[str, int, list[float], Gain]], picture: str) -> str:
+def _gains_table(stage: Stage, found: list[tuple[str, int, list[float], Gain]], runs: list[Record], picture: str) -> str:
     rows = [
         (
             name, show_tokens(budget), len(losses), f"{sum(losses) / len(losses):.4f}", f"{one.mean:+.4f}",
@@ -151,7 +152,23 @@ def _gains_table(stage: Stage, found: list[tuple[str, int, list[float], Gain]], 
         for name, budget, losses, one in found
     ]  # fmt: skip
     table = _table(("trial", "budget", "seeds", "final loss", "gain, nats", "noise", "verdict"), rows)
-    return f"### {stage.name}: over {stage.baseline}\n\n{table}\n![{stage.name}: gains over the baseline]({picture})\n\n"
+    ends = ", ".join(
+        f"{statistics.fmean(losses):.4f} after {show_tokens(budget)} ({len(losses)} seed{'s' * (len(losses) > 1)})"
+        for budget in sorted({budget for _, budget, _, _ in found})
+        if (losses := [r["val_loss"] for r in runs if _trial(r) == stage.baseline and r["budget"] == budget])
+    )
+    made = {key_of(r) for r in runs}
+    jobs = [job.key for trial in stage.trials for job in jobs_of(trial) if job.kind != "stable"]
+    left = sum(key not in made for key in jobs)
+    missing = f" {left} of the stage's {len(jobs)} runs are missing." if left else ""
+    return (
+        f"### {stage.name}: over {stage.baseline}\n\nThe baseline ends at {ends}.{missing}\n\n{table}\n"
+        f"![{stage.name}: gains over the baseline]({picture})\n\n"
+    )
+
+
+def _trial(record: Record) -> str:
+    return f"{record['stage']}/{record['name']}"
 
 
 def _comparison(ends: dict[str, list[End]], ratios: list[Ratio], noise: Noise | None, picture: str) -> str:
