@@ -268,6 +268,16 @@ def test_no_run_is_started_that_would_end_too_late(stage: Stage) -> None:
     assert fits(27.5, 72.5, 100) and not fits(27.6, 72.5, 100)
 
 
+def test_a_stable_part_needs_time_for_a_branch_as_well(stage: Stage, tmp_path: Path) -> None:
+    cosine, muon = (jobs_of(trial) for trial in stage.trials)
+    assert search(stage, tmp_path).seconds_needed() is None
+    finish(stage, tmp_path, cosine[:1])
+    assert search(stage, tmp_path).seconds_needed() == pytest.approx(1.1 * (20 + 5))
+    finish(stage, tmp_path, cosine[1:2])
+    # 24 steps to the last checkpoint and 8 of the first decay, at 2 a second or more; start-up twice.
+    assert search(stage, tmp_path).seconds_needed() == pytest.approx(1.1 * (12 + 5 + 4 + 5))
+
+
 def test_trials_that_were_edited_are_refused(stage: Stage, tmp_path: Path) -> None:
     (job, *_) = jobs_of(stage.trials[0])
     finish(stage, tmp_path, [job])

@@ -95,7 +95,7 @@ class Search:
         failed = 0
         while (job := self.next_job()) is not None:
             stop_if(received)  # between two runs
-            elapsed, needed = time.monotonic() - self._began, predicted_seconds(job, list(self.records.values()))
+            elapsed, needed = time.monotonic() - self._began, self.seconds_needed()
             if not fits(needed, elapsed, self._limit):
                 takes = "" if needed is None else f"would take about {needed:.0f} s, and "
                 left = max(0.0, self._limit - elapsed)
@@ -130,6 +130,13 @@ class Search:
         if self._failed(stable[0]) or (missing and stable[0].key in self._tried):
             return []
         return stable + open_jobs if missing else open_jobs
+
+    def seconds_needed(self) -> float | None:
+        """That the next job takes, as far as earlier ones tell; of a stable part, with its first branch, for alone it leaves no
+        result, and its checkpoints may not outlast the machine."""
+        jobs = self.jobs_left()
+        known = [predicted_seconds(job, list(self.records.values())) for job in jobs[: 1 + (jobs[0].kind == "stable")]]
+        return None if None in known else sum(known)
 
     def next_job(self) -> Job | None:
         """The first that is not done."""
