@@ -10,8 +10,10 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from recipe.config import Config, ConfigError, parse_ramp
+from recipe.data.token_index import is_prepared, read_index
 from recipe.estimate import GIB, USABLE_MEMORY, memory_by_part
 from recipe.plan import GPT2_VOCAB_SIZE
 
@@ -167,6 +169,8 @@ def _memory(config: Config, shards: int, vocab_size: int) -> int:
 
 
 def _vocab_size(config: Config) -> int:
+    if is_prepared(config.data):
+        return read_index(Path(config.data).expanduser(), "data")["vocab_size"]
     if config.tokenizer.startswith("train:"):
         return int(config.tokenizer.removeprefix("train:"))
     return GPT2_VOCAB_SIZE if config.tokenizer.endswith("gpt2") else UNKNOWN_VOCAB_SIZE

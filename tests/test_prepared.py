@@ -32,6 +32,7 @@ from recipe.data.stream import RowStream
 from recipe.data.token_index import FORMAT, documents_file, file_facts, find_damage, tokens_file, write_index
 from recipe.data.validation import count_tokens, hold_out, read_validation_rows
 from recipe.files import sha256
+from recipe.micro_batch import UNKNOWN_VOCAB_SIZE, Card, fit, resolve
 from recipe.parsing import load_config
 from recipe.publish.dataset_card import dataset_card
 from recipe.run_folder import RunFolder
@@ -502,6 +503,13 @@ def test_the_folder_s_own_tokenizer_is_loaded_once(prepared: Path, monkeypatch: 
     own = str(prepared / "tokenizer")
     load_prepared_tokenizer(open_prepared(str(prepared), "data")[0], own)
     assert loaded == [own]
+
+
+def test_the_micro_batch_goes_by_the_tokens_own_vocabulary(prepared: Path) -> None:
+    words = ["--data", str(prepared), "--tokenizer", str(prepared / "tokenizer"), "--batch_tokens", "65536", "--max_steps", "9"]
+    config, card = load_config(words), 12 * 2**30
+    known, guessed = (fit(config, 1, card, size, zero1=False).micro_batch_size for size in (400, UNKNOWN_VOCAB_SIZE))
+    assert resolve(config, 1, Card(card)).micro_batch_size == known > guessed
 
 
 def test_another_tokenizer_is_refused(prepared: Path, encoder: Encoder, tmp_path: Path) -> None:
