@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipe.config import Config, ConfigError, parse_ramp
-from recipe.data.token_index import is_prepared, read_index
 from recipe.estimate import GIB, USABLE_MEMORY, memory_by_part
 from recipe.plan import GPT2_VOCAB_SIZE
 
@@ -169,6 +168,8 @@ def _memory(config: Config, shards: int, vocab_size: int) -> int:
 
 
 def _vocab_size(config: Config) -> int:
+    from recipe.data.token_index import is_prepared, read_index  # which imports numpy; plan.py must stay quick
+
     if is_prepared(config.data):
         return read_index(Path(config.data).expanduser(), "data")["vocab_size"]
     if config.tokenizer.startswith("train:"):
