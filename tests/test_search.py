@@ -324,6 +324,17 @@ def test_a_forked_process_tells_how_it_ended(tmp_path: Path) -> None:
     assert run_forked([], log, fail) == 1 and "RuntimeError: broken" in log.read_text()
 
 
+def tell_when(ready: Path) -> threading.Thread:
+    def tell() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    return thread
+
+
 def test_a_signal_reaches_the_run(tmp_path: Path) -> None:
     def wait(_: list[str]) -> int:
         stopped = []
@@ -334,27 +345,11 @@ def test_a_signal_reaches_the_run(tmp_path: Path) -> None:
         (tmp_path / "stopped").touch()
         return 75
 
-    def tell() -> None:
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=tell).start()
+    tell_when(tmp_path / "ready")
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="SIGTERM"):
         run_forked([], tmp_path / "log", wait)
     assert (tmp_path / "stopped").exists() and signal.getsignal(signal.SIGTERM) is before
-
-
-def tell_when(ready: Path) -> threading.Thread:
-    def tell() -> None:
-        while not ready.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=tell)
-    thread.start()
-    return thread
 
 
 def test_a_signal_ends_a_process_that_has_no_handler_yet(tmp_path: Path) -> None:
