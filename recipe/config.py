@@ -352,6 +352,11 @@ def parse_steps(text: str | None) -> tuple[int, ...]:
     return steps
 
 
+def compiles(config: Config, cuda: bool) -> bool:
+    """Whether torch.compile makes the model's forward: by itself on a GPU alone."""
+    return cuda if config.compile is None else config.compile
+
+
 def config_hash(config: Config) -> str:
     """Hex sha256 of the fields that make the run what it is: equal for a run and its continuations."""
     fields = {name: getattr(config, name) for name in config_fields() if name not in NOT_PART_OF_THE_RUN}

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipe.config import INSTALLED_DOCS, Config, ConfigError, to_yaml
+from recipe.config import INSTALLED_DOCS, Config, ConfigError, compiles, to_yaml
 from recipe.data.corpus import Corpus, open_corpora
 from recipe.data.sources import hub_id, is_local
 from recipe.estimate import GIB, GPUS, Machine, cpu, estimate, memory_by_part
@@ -196,7 +196,7 @@ def _look_at_machine(config: Config, plan: Plan, vocab_size: int) -> None:
     else:
         name = f"CPU, {os.cpu_count()} cores"
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
-    plain = not (config.compile if config.compile is not None else cuda)
+    plain = not compiles(config, cuda)
     memory = memory_by_part(config, plan.num_processes if zero1 else 1, vocab_size, precision, plain)
     needed = sum(memory.values())
     fits = "fits" if needed <= available else "DOES NOT FIT: lower micro_batch_size"

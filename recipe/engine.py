@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from recipe.config import Config
+from recipe.config import Config, compiles
 from recipe.distributed import Distributed
 from recipe.gradient_sums import GradientSums
 from recipe.kernels import choose_kernels
@@ -63,7 +63,7 @@ class Engine:
         self.model = model
         model.use(choose_kernels(config, precision, distributed.device))
         self.parameter_groups = parameter_groups(model, config)
-        self.compiled = config.compile if config.compile is not None else distributed.cuda
+        self.compiled = compiles(config, distributed.cuda)
         if self.compiled:
             # A length of sequences is a graph of its own, and past the limit (8) torch would refuse to compile.
             lengths = len({length for length, _ in plan.sequence_ramp})
@@ -176,7 +176,9 @@ class ReplicatedEngine(Engine):
         self._groups = [_FlatGroup(group, distributed) for group in self.parameter_groups]
         self._sums = None
         if precision == "bf16":
-            self._sums = GradientSums(pair for group in self._groups for pair in group.parameters_and_sums)
+            self._sums = GradientSums(
+                (pair for group in self._groups for pair in group.parameters_and_sums), self.model.kernels.triton
+            )
         options = [{"params": [flat.masters], **flat.group.options()} for flat in self._groups]
         self.optimizer = make_optimizer(options, config, precision, distributed.rank, distributed.num_ranks, distributed.cuda)
         for flat in self._groups:

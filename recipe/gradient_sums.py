@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 
 import torch
@@ -14,21 +13,21 @@ ALIGNMENT = 16
 
 
 class GradientSums:
-    """Adds the bf16 gradients of some parameters to their fp32 sums and drops them: on a GPU in one kernel for all of them,
-    where torch takes one or two for each, which last longer and leave gaps between them (docs/results.md).
+    """Adds the bf16 gradients of some parameters to their fp32 sums and drops them: with Triton in one kernel for all of
+    them, where torch takes one or two for each, which last longer and leave gaps between them (docs/results.md).
 
     Args:
         pairs: each parameter that a backward gives a gradient, and a contiguous fp32 tensor of its size.
+        triton: whether to use it.
     """
 
-    def __init__(self, pairs: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]):
+    def __init__(self, pairs: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], triton: bool):
         self._parameters, self._sums = zip(*pairs, strict=True)
-        device = self._sums[0].device
         self._kernel = None
-        aligned = all(total.data_ptr() % ALIGNMENT == 0 for total in self._sums)
-        if device.type == "cuda" and aligned and importlib.util.find_spec("triton") is not None:
+        if triton and all(total.data_ptr() % ALIGNMENT == 0 for total in self._sums):
             from recipe.gradient_kernel import add_kernel
 
+            device = self._sums[0].device
             self._kernel = add_kernel
             blocks = [(i, start) for i, total in enumerate(self._sums) for start in range(0, total.numel(), BLOCK)]
             self._blocks = torch.tensor(blocks, dtype=torch.int32, device=device)

@@ -21,6 +21,11 @@ class Kernels:
     head: Head = "plain"
     """The head's loss (recipe/loss.py)."""
 
+    @property
+    def triton(self) -> bool:
+        """Whether Triton is there and wanted."""
+        return self.head != "plain"
+
     def __str__(self) -> str:
         blocks = "cuBLASLt products with GELU inside" if self.blocks else "torch's products"
         head = {"plain": "torch's cross-entropy", "fused": "Triton cross-entropy", "fp8": "fp8 head, Triton cross-entropy"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from concurrent.futures import ThreadPoolExecutor
 
-from recipe.config import Config
+from recipe.config import Config, compiles
 from recipe.distributed import Distributed
 from recipe.model import PretrainingModel, build_model
 
@@ -34,5 +34,5 @@ def import_engine(config: Config, distributed: Distributed) -> None:
     if distributed.deepspeed:
         importlib.import_module("recipe.zero1")
         importlib.import_module("deepspeed")
-    if config.compile if config.compile is not None else distributed.cuda:
+    if compiles(config, distributed.cuda):
         importlib.import_module("torch._inductor.compile_fx")

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from recipe.config import Config, ConfigError
+from recipe.config import Config, ConfigError, compiles
 from recipe.remedies import explain
 
 ACCELERATE_FILES = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
@@ -49,8 +49,7 @@ def machine_problems(config: Config) -> list[str]:
             f"accelerate: {here} processes on a machine with {torch.cuda.device_count()} GPUs; accelerate launch "
             f"--num_processes {torch.cuda.device_count()} (for several machines, the GPUs of all of them)"
         )
-    compiles = config.compile if config.compile is not None else cuda
-    if (compiles or (cuda and config.kernels != "plain")) and not find_compiler(cuda):
+    if (compiles(config, cuda) or (cuda and config.kernels != "plain")) and not find_compiler(cuda):
         plain = "--compile false" + (" --kernels plain" if cuda else "")
         problems.append(
             f"compile: torch.compile{' and Triton need' if cuda else ' needs'} a C++ compiler, and none is in PATH; install "

@@ -58,11 +58,11 @@ class Zero1Engine(Engine):
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         if precision == "bf16":
             # DeepSpeed copies and adds one gradient after another, and zeroes them for the next backward to add to.
-            optimizer = self.engine.optimizer
-            groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
-            sums = GradientSums(pair for group in groups for pair in zip(*group, strict=True))
-            optimizer.update_hp_grads = lambda clear_lp_grads=False: sums.add()
-            optimizer.step = self._update
+            sharded = self.engine.optimizer
+            groups = zip(sharded.bf16_groups, sharded.fp32_groups_gradients, strict=True)
+            sums = GradientSums((pair for group in groups for pair in zip(*group, strict=True)), model.kernels.triton)
+            sharded.update_hp_grads = lambda clear_lp_grads=False: sums.add()
+            sharded.step = self._update
 
     def train_step(
         self, micro_batches: Sequence[torch.Tensor], values: Hyperparameters, limit: torch.Tensor | None = None
