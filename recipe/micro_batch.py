@@ -6,6 +6,7 @@ trying until it crashes.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -174,4 +175,17 @@ def _vocab_size(config: Config) -> int:
         return read_index(Path(config.data).expanduser(), "data")["vocab_size"]
     if config.tokenizer.startswith("train:"):
         return int(config.tokenizer.removeprefix("train:"))
-    return GPT2_VOCAB_SIZE if config.tokenizer.endswith("gpt2") else UNKNOWN_VOCAB_SIZE
+    in_folder = _vocab_size_in(Path(config.tokenizer))
+    return in_folder or (GPT2_VOCAB_SIZE if config.tokenizer.endswith("gpt2") else UNKNOWN_VOCAB_SIZE)
+
+
+def _vocab_size_in(folder: Path) -> int | None:
+    """Tokens of a tokenizer's files as JSON, transformers not being loaded yet; None if they cannot be read like that, which is
+    for the tokenizer's own loading to report."""
+    try:
+        if (folder / "tokenizer.json").is_file():
+            contents = json.loads((folder / "tokenizer.json").read_bytes())
+            return len({*contents["model"]["vocab"], *(token["content"] for token in contents["added_tokens"])})
+        return len(json.loads((folder / "vocab.json").read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

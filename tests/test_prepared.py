@@ -512,6 +512,31 @@ def test_the_micro_batch_goes_by_the_tokens_own_vocabulary(prepared: Path) -> No
     assert resolve(config, 1, Card(card)).micro_batch_size == known > guessed
 
 
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {"vocab.json": {f"t{n}": n for n in range(400)}},
+        {
+            "tokenizer.json": {
+                "model": {"vocab": {f"t{n}": n for n in range(399)}},
+                "added_tokens": [{"content": "t0"}, {"content": "<|endoftext|>"}],
+            }
+        },
+    ],
+    ids=["vocab.json", "tokenizer.json"],
+)
+def test_the_micro_batch_goes_by_the_vocabulary_of_a_tokenizer_s_folder(contents: dict[str, dict], tmp_path: Path) -> None:
+    words = ["--data", "installed-docs", "--tokenizer", str(tmp_path), "--batch_tokens", "65536", "--max_steps", "9"]
+    config, card = load_config(words), 12 * 2**30
+    known, guessed = (fit(config, 1, card, size, zero1=False).micro_batch_size for size in (400, UNKNOWN_VOCAB_SIZE))
+    assert resolve(config, 1, Card(card)).micro_batch_size == guessed
+    for name, content in contents.items():
+        (tmp_path / name).write_text("{")  # damaged, which is reported where it is loaded
+        assert resolve(config, 1, Card(card)).micro_batch_size == guessed
+        (tmp_path / name).write_text(json.dumps(content))
+    assert resolve(config, 1, Card(card)).micro_batch_size == known > guessed
+
+
 def test_another_tokenizer_is_refused(prepared: Path, encoder: Encoder, tmp_path: Path) -> None:
     corpus = open_prepared(str(prepared), "data")[0]
     for name in ("openai-community/gpt2", "train:400", str(prepared / "tokenizer")):
