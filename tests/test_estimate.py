@@ -57,10 +57,21 @@ def test_memory_is_the_sum_of_what_zero_1_keeps(config: Config) -> None:
     assert memory["moments"] - muon["moments"] == 4 * 84_934_656 // 8  # one moment for the blocks' matrices instead of two
 
 
-def test_memory_agrees_with_an_h100(config: Config) -> None:
-    # 124M, 64 rows, one rank under ZeRO-1: torch's peak through pretrain.py (docs/results.md), 3% above the plan.
-    for optimizer, peak in (("adamw", 27.33), ("muon", 27.00)):
-        assert sum(memory_by_part(replace(config, optimizer=optimizer), 1).values()) == pytest.approx(peak * GIB, rel=0.04)
+@pytest.mark.parametrize(
+    ("size", "rows", "optimizer", "peak"),
+    [
+        ("124M", 64, "adamw", 27.33),
+        ("124M", 64, "muon", 27.00),
+        ("350M", 32, "adamw", 34.23),
+        ("350M", 64, "adamw", 61.17),
+        ("774M", 32, "adamw", 63.23),
+        ("1558M", 16, "adamw", 65.69),
+    ],
+)
+def test_memory_agrees_with_an_h100(config: Config, size: str, rows: int, optimizer: str, peak: float) -> None:
+    # torch's peak in GiB, one rank under ZeRO-1 (docs/results.md): up to 3% above the plan, for 1558M 3.5% below.
+    trained = replace(with_size(config, size), micro_batch_size=rows, optimizer=optimizer)
+    assert sum(memory_by_part(trained, 1).values()) == pytest.approx(peak * GIB, rel=0.04)
 
 
 def test_the_measured_speed_is_given_as_it_is(config: Config) -> None:
