@@ -86,8 +86,8 @@ GPUS = {
 """By the name that `--machine 8xA100-80GB` uses."""
 
 MEASURED = {("H100-80GB", 12, 768): 563_400, ("H100-80GB", 24, 1024): 214_900}
-"""Tokens/s of one GPU under ZeRO-1 with AdamW, by GPU, n_layer and n_embd, of whole steps of 524,288 tokens, through pretrain.py
-or scripts/benchmark.py (docs/results.md)."""
+"""Tokens/s of one GPU under ZeRO-1 with AdamW, by GPU, n_layer and n_embd, of whole steps of 524,288 tokens, through
+pretrain.py or scripts/benchmark.py (docs/results.md)."""
 
 MEASURED_SCALING: dict[tuple[str, int, int, int], float] = {}
 """Scaling efficiency under ZeRO-1, tokens/s over as many times one GPU's, by GPU, n_layer, n_embd and GPUs, of steps of 524,288
