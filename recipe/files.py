@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+
+def output_file(text: str) -> Path:
+    """The `type` of an argparse option that names a file to write, so that hours of work do not end at a wrong name. The folder
+    it lies in is made.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is a folder, or its own cannot be made.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name the file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path.parent} cannot be made: {error.strerror}; name another file") from error
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

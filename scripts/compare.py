@@ -13,6 +13,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where evaluate.py would hide the package evaluate
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
+from recipe.files import output_file
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -23,7 +25,7 @@ def main() -> int:
     parser.add_argument("--data_dir", help="a local copy of HellaSwag's items, as for evaluate.py")
     parser.add_argument("--limit", type=int, help="first items of each task")
     parser.add_argument("--batch_size", type=int, default=32, help="inputs a device takes at a time")
-    parser.add_argument("--output", type=Path, help="where to write the comparison as JSON")
+    parser.add_argument("--output", type=output_file, help="where to write the comparison as JSON")
     arguments = parser.parse_args()
 
     from recipe.config import ConfigError

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from recipe.config import ConfigError
+from recipe.files import output_file
 from recipe.monitor.report import write_report
 
 
@@ -20,7 +21,7 @@ def main(words: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; the others are compared with the first")
-    parser.add_argument("--output", type=Path, help="the file (default: report.html in the first run's folder)")
+    parser.add_argument("--output", type=output_file, help="the file (default: report.html in the first run's folder)")
     parser.add_argument("--price_per_hour", type=float, help="dollars for the whole machine (default: the run's field)")
     parser.add_argument("--llmc", action="store_true", help="llm.c's losses also for a text not known to be FineWeb")
     arguments = parser.parse_args(words)

@@ -31,7 +31,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
 from recipe.config import ConfigError
-from recipe.files import write_json, write_text
+from recipe.files import output_file, write_json, write_text
 from recipe.micro_batch import count_gpus
 from recipe.scaling_run import STAGES, ScalingRun, run_stages
 from recipe.scaling_table import markdown
@@ -108,7 +108,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--losses_steps", type=int, default=200)
     parser.add_argument("--topology_steps", type=int, default=60)
     parser.add_argument("--kill_steps", type=int, default=10, help="steps before a rank is killed")
-    parser.add_argument("--output", type=Path, default=Path("scaling.json"))
+    parser.add_argument("--output", type=output_file, default=Path("scaling.json"))
     parser.add_argument("--folder", type=Path, default=None, help="for logs and run folders; a temporary one if left out")
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
     arguments, rest = parser.parse_known_args(words)

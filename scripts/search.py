@@ -52,6 +52,8 @@ def read_words(words: list[str]) -> tuple[list[str], dict[str, str], dict[str, s
         problems.append("stages: no file is given; they are in configs/search/")
     if not options["results"]:
         problems.append("results: not given; name the file of results with --results")
+    elif Path(options["results"]).is_dir():
+        problems.append(f"results: {options['results']} is a folder; name the file in it")
     if problems:
         raise ConfigError(*problems)
     return files, options, fields

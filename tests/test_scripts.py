@@ -43,3 +43,22 @@ def test_the_quickstart_trains_evaluates_and_exports(tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "scripts").glob("*.sh")))
 def test_shell_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / "scripts" / script)], check=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report.py", "run", "--output"],
+        ["compare.py", "a", "b", "--output"],
+        ["evaluate.py", "model", "--output"],
+        ["scaling.py", "configs/gpt2-124m.yaml", "--output"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output, remedy in ((tmp_path, "is a folder; name the file in it"), (tmp_path / "file" / "in", "cannot be made: ")):
+        command = [sys.executable, str(ROOT / "scripts" / words[0]), *words[1:], str(output)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].split(": error: ")[1].startswith("argument --output: ") and remedy in done.stderr

@@ -133,6 +133,9 @@ def test_trials_to_results_to_report(tmp_path: Path, fineweb_folder: Path) -> No
     assert "| tiny | hot | 0 | run | 10k |" in text
 
     assert "1 problem" in bench.run("--learning_rate", "1", code=2)
+    folder = [sys.executable, SEARCH, str(bench.stage), "--results", str(tmp_path)]
+    done = subprocess.run(folder, capture_output=True, text=True, env=dict(os.environ), timeout=60)
+    assert done.returncode == 2 and f"results: {tmp_path} is a folder; name the file in it" in done.stderr
     assert (
         "results: not given"
         in subprocess.run(

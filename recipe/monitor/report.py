@@ -37,10 +37,8 @@ def write_report(
         price_per_hour: dollars for the whole machine, instead of the runs' own field.
         llmc: draw llm.c's losses also if the text is not known to be FineWeb.
     Raises:
-        ConfigError: if one of them is no run, they are too many to be told apart, or `output` is a folder.
+        ConfigError: if one of them is no run, or they are too many to be told apart.
     """
-    if output and output.is_dir():
-        raise ConfigError(f"output: {output} is a folder; name the file, as in {output / 'report.html'}")
     if len(paths) > MAX_RUNS:
         raise ConfigError(f"{len(paths)} runs are too many for one report; give at most {MAX_RUNS}")
     runs = [RunRecord.read(path) for path in paths]
