@@ -20,10 +20,6 @@ if __name__ == "__main__":
         print(__doc__.strip() + "\n\n" + help_text("pretrain.py"))
         sys.exit(0)
     from recipe.cli import main
+    from recipe.signals import leave
 
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: native threads of the libraries now and then abort the interpreter's clean-up, after all work is done,
-    # and the launcher would report a finished rank as failed.
-    os._exit(code)
+    leave(main(sys.argv[1:]))

@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from recipe.evaluation import periodic
 from recipe.evaluation.periodic import PeriodicEvaluation
 from recipe.model import PretrainingModel
 from recipe.rng import gather_rng
+from recipe.signals import leave
 from recipe.start import Start
 from recipe.train import Run
 from recipe.zero1 import Zero1Engine
@@ -62,10 +62,7 @@ def run_rank(rank: int, ranks: int, engine: str, port: int, folder: str, argumen
     for where, name, options in faults:
         if where == rank:
             FAULTS[name](lambda: Path(f"{folder}/fired-{rank}").touch(), **options)
-    code = cli.main(arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(cli.main(arguments))
 
 
 def note_rows(path: Path, rank: int, ranks: int) -> None:

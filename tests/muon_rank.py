@@ -8,7 +8,6 @@ writes FOLDER/results.pt on rank 0. The rows are made here, so that the test can
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from recipe.model import build_model  # noqa: E402
 from recipe.optim import muon  # noqa: E402
 from recipe.optim.schedule import hyperparameters  # noqa: E402
 from recipe.plan import make_plan  # noqa: E402
+from recipe.signals import leave  # noqa: E402
 
 VOCABULARY, ROWS, STEPS, SAVED_STEP, LONG = 200, 16, 20, 10, 50
 
@@ -152,4 +152,4 @@ def main(folder: Path, precision: str, variant: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
-    os._exit(0)  # as scripts/pretrain.py does, and for its reason
+    leave(0)

@@ -23,6 +23,7 @@ from recipe.engine import make_engine  # noqa: E402
 from recipe.model import build_model  # noqa: E402
 from recipe.optim.schedule import hyperparameters  # noqa: E402
 from recipe.plan import make_plan  # noqa: E402
+from recipe.signals import leave  # noqa: E402
 
 VOCABULARY = 500
 CONFIG = Config(
@@ -68,3 +69,4 @@ if __name__ == "__main__":
     if distributed.is_main:
         Path(path).write_text(json.dumps(counted))
     distributed.close()
+    leave(0)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from hub_server import Fault, HubServer, Request, client_environment
-from launch import ROOT, TINY, accelerate_command, environment, free_port, options
+from launch import PRETRAIN, ROOT, TINY, accelerate_command, environment, free_port, options
 from recipe.config import Config
 from recipe.estimate import GIB, USABLE_MEMORY, memory_by_part, micro_batches
 from recipe.remedies import Remedy, Situation, explain
@@ -295,7 +295,7 @@ def test_one_rank_of_two_runs_out_of_memory(tmp_path: Path, fineweb_folder: Path
     )
     port, processes = free_port(), []
     for number in (0, 1):
-        code = (LITTLE_MEMORY if number else "") + "\nimport sys\nfrom recipe.cli import main\nsys.exit(main(sys.argv[1:]))"
+        code = (LITTLE_MEMORY if number else "") + f"\nimport runpy\nrunpy.run_path({PRETRAIN!r}, run_name='__main__')"
         # The limit counts from what the libraries take.
         code = "import recipe.train, accelerate, datasets, transformers\n" + code
         environ = environment(PYTHONPATH=str(ROOT), **rank(number, port))

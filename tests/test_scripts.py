@@ -62,3 +62,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(words: list[st
         done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
         assert done.stderr.splitlines()[-1].split(": error: ")[1].startswith("argument --output: ") and remedy in done.stderr
+
+
+def test_a_rank_whose_work_is_done_ends_well_whatever_the_clean_up_does() -> None:
+    code = "import atexit, os\nfrom recipe.signals import leave\natexit.register(os.abort)\nprint('done')\nleave(75)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "done\n", "")

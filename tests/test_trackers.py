@@ -159,8 +159,9 @@ class Failing(FileTracker):
 trackers.PACKAGES["tensorboard"] = ("json",)
 LOGGER_TYPE_TO_CLASS["tensorboard"] = Failing
 from recipe.cli import main
+from recipe.signals import leave
 
-sys.exit(main(sys.argv[1:]))
+leave(main(sys.argv[1:]))
 """
 
 
