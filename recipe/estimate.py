@@ -219,10 +219,11 @@ def tokens_per_second(config: Config, machine: Machine, vocab_size: int = GPT2_V
 
     By recipe/scaling.py where the efficiency of so many GPUs was not; with the micro batch of the config, or one row.
     """
-    from recipe.scaling import MEASURED_STEP, gpu_speed, step_time  # which takes the GPUs from here
+    from recipe.scaling import MEASURED_LENGTH, MEASURED_STEP, gpu_speed, step_time  # which takes the GPUs from here
 
     one, measured = gpu_speed(config, machine, vocab_size)
-    measured &= config.batch_tokens == MEASURED_STEP and config.optimizer == "adamw" and not config.activation_checkpointing
+    measured &= config.batch_tokens == MEASURED_STEP and config.sequence_length == MEASURED_LENGTH and not config.sequence_ramp
+    measured &= config.optimizer == "adamw" and not (config.activation_checkpointing or config.fp8_head)
     efficiency = MEASURED_SCALING.get((machine.gpu_name, config.n_layer, config.n_embd, machine.gpus))
     if measured and efficiency:
         return machine.gpus * one * efficiency, True
@@ -297,7 +298,7 @@ def estimate(
     if measured:
         basis = "measured"
     elif (machine.gpu_name, config.n_layer, config.n_embd) in MEASURED:
-        basis = "estimate: one GPU measured with AdamW and 524,288 tokens a step, the rest computed"
+        basis = "estimate: one GPU measured with AdamW, 524,288 tokens a step in rows of 1,024, the rest computed"
     else:
         basis = f"estimate: MFU {machine.gpu.mfu:.2f}, {machine.gpu.why}"
     return Estimate(

@@ -15,8 +15,8 @@ from recipe.config import Config, ConfigError
 from recipe.estimate import BUCKET, MEASURED, NODE, Machine, parse_machine
 from recipe.plan import GPT2_VOCAB_SIZE, count_parameters, flops_per_token, make_plan, padded_vocab_size
 
-MEASURED_STEP = 524_288
-"""Tokens of the steps at which a GPU's speed was measured."""
+MEASURED_STEP, MEASURED_LENGTH = 524_288, 1024
+"""Tokens of the steps, and of their rows, at which a GPU's speed was measured."""
 FIXED_SECONDS, OPTIMIZER_SECONDS = 0.7e-3, 2.5e-3
 """Of each step, 124M on an H100, whatever its tokens: in the first 50 s of two runs 118.1 ms for 65,536 tokens and 922.2 ms for
 524,288 leave 3.2 ms for none (2.0 to 4.4, by the seconds compared: a card slows as it warms), and of those 2.5 ms are AdamW's,
@@ -63,10 +63,12 @@ def exchanged_bytes(config: Config, ranks: int, vocab_size: int = GPT2_VOCAB_SIZ
 
 
 def gpu_speed(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> tuple[float, bool]:
-    """Tokens/s of one GPU with AdamW in steps of MEASURED_STEP tokens, and whether that was measured."""
-    measured = MEASURED.get((machine.gpu_name, config.n_layer, config.n_embd))
-    assumed = machine.gpu.mfu * machine.gpu.peak / flops_per_token(config, vocab_size)
-    return measured or assumed, bool(measured)
+    """Tokens/s of one GPU with AdamW in steps of MEASURED_STEP tokens, and whether that comes from a measurement."""
+    flops = flops_per_token(config, vocab_size)
+    if measured := MEASURED.get((machine.gpu_name, config.n_layer, config.n_embd)):
+        # Longer rows have more of the attention, at the same MFU.
+        return measured * (flops_per_token(config, vocab_size, MEASURED_LENGTH) / flops), True
+    return machine.gpu.mfu * machine.gpu.peak / flops, False
 
 
 def step_time(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> StepTime:

@@ -29,6 +29,7 @@ from recipe.estimate import (
 )  # fmt: skip
 from recipe.model import build_model
 from recipe.plan import load_run
+from recipe.scaling import gpu_speed
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +85,30 @@ def test_the_measured_speed_is_given_as_it_is(config: Config) -> None:
     assert run.mfu == pytest.approx(563_400 * 797_815_296 / 989e12, rel=1e-6)
 
 
-@pytest.mark.parametrize("change", [{"optimizer": "muon"}, {"batch_tokens": 65_536}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "muon"},
+        {"batch_tokens": 65_536},
+        {"activation_checkpointing": True},
+        {"sequence_length": 2048, "n_positions": 2048},
+    ],
+)
 def test_what_was_not_measured_is_an_estimate(config: Config, change: dict) -> None:
     run = estimate(replace(config, **change), parse_machine("H100-80GB"))
-    assert not run.measured and run.basis.startswith("estimate: one GPU measured with AdamW and 524,288 tokens a step")
+    assert not run.measured and run.basis.startswith("estimate: one GPU measured with AdamW, 524,288 tokens a step")
     assert run.tokens_per_second < 563_400
+
+
+@pytest.mark.parametrize("change", [{"fp8_head": True}, {"sequence_ramp": "256x1000"}])
+def test_what_may_be_faster_is_an_estimate_as_well(config: Config, change: dict) -> None:
+    assert not estimate(replace(config, **change), parse_machine("H100-80GB")).measured
+
+
+def test_longer_rows_are_slower_by_their_attention(config: Config) -> None:
+    longer = replace(config, sequence_length=2048, n_positions=2048)
+    ratio = gpu_speed(longer, parse_machine("H100-80GB"))[0] / 563_400
+    assert ratio == pytest.approx(797_815_296 / (797_815_296 + 6 * 12 * 768 * 1024))
 
 
 def test_muon_on_an_h100(config: Config) -> None:

@@ -59,7 +59,7 @@ def test_a_finished_run(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0].startswith("run  ███") and lines[0].endswith("100.0%  step 60/60")
     assert f"loss     {last['train_loss']:.4f}" in lines[1] and "memory 61.2 of 79 GiB" in lines[2]
-    assert lines[3] == "time     1m21s so far · money $0.32 so far"
+    assert lines[3] == "time     1m21s in all · money $0.32 in all"
     assert lines[5:] == ["sample   The river rises", "now      finished at step 60"]
 
 

@@ -111,17 +111,25 @@ class View:
         """Of a field over the last steps."""
         return median(r[name] for r in self._recent if r.get(name) is not None)
 
-    def lines(self, width: int, glyphs: Glyphs, state: tuple[str, str] | None, seconds: float | None = None) -> list[Line]:
+    def lines(
+        self,
+        width: int,
+        glyphs: Glyphs,
+        state: tuple[str, str] | None,
+        seconds: float | None = None,
+        finished: bool = False,
+    ) -> list[Line]:
         """The view at most `width` columns wide.
 
         Args:
             state: the style and the words for what the run is doing, if that is known.
             seconds: the run's time so far, if it is known better than from its last record.
+            finished: whether nothing will be added to it.
         """
         lines = [self._progress(width, glyphs)]
         if self.last:
             lines += [self._loss(width, glyphs), self._speed(glyphs)]
-        lines.append(self._time(self.wall_seconds if seconds is None else seconds, glyphs))
+        lines.append(self._time(self.wall_seconds if seconds is None else seconds, "in all" if finished else "so far", glyphs))
         if self._evaluations:
             lines.append(self._evaluation(glyphs))
         if self.sample:
@@ -163,13 +171,13 @@ class View:
             parts.append(f"memory {last['gpu_memory_gib']:.1f}{of} GiB")
         return [("dim", "speed    "), ("", f" {glyphs.dot} ".join(parts))]
 
-    def _time(self, seconds: float, glyphs: Glyphs) -> Line:
+    def _time(self, seconds: float, extent: str, glyphs: Glyphs) -> Line:
         left = self.seconds_left
-        text = f"{format_duration(seconds)} so far"
+        text = f"{format_duration(seconds)} {extent}"
         text += "" if left is None else f", {format_duration(left)} left"
         line = [("dim", "time     "), ("", text)]
         if self.price_per_hour is not None:
-            money = f"${self.price_per_hour * seconds / 3600:,.2f} so far"
+            money = f"${self.price_per_hour * seconds / 3600:,.2f} {extent}"
             money += "" if left is None else f", ${self.price_per_hour * left / 3600:,.2f} left"
             line += [("", f" {glyphs.dot} "), ("dim", "money "), ("", money)]
         return line

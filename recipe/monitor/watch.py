@@ -90,7 +90,7 @@ class WatchedRun:
             seconds += self.silence()
             text += f"; last line {format_duration(self.silence())} ago"
         style = {"failed": "bad", "gone": "bad", "finished": "good"}.get(state, "accent")
-        return self.view.lines(width, glyphs, seconds=seconds, state=(style, text))
+        return self.view.lines(width, glyphs, seconds=seconds, state=(style, text), finished=state == "finished")
 
     def silence(self) -> float:
         """Seconds since metrics.jsonl or status.json has changed."""
