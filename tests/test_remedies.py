@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from hub_server import Fault, HubServer, Request, client_environment
-from launch import PRETRAIN, ROOT, TINY, accelerate_command, environment, free_port, options
+from launch import ROOT, TINY, accelerate_command, environment, free_port, options
 from recipe.config import Config
 from recipe.estimate import GIB, USABLE_MEMORY, memory_by_part, micro_batches
 from recipe.remedies import Remedy, Situation, explain
@@ -75,6 +75,12 @@ import resource
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 3 * 2**29
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+"""
+TRAIN = """
+import sys
+from recipe.cli import main
+from recipe.signals import leave
+leave(main(sys.argv[1:]))
 """
 IMPATIENT = """
 import datetime, recipe.train
@@ -290,20 +296,19 @@ def test_status_json_has_cause_and_remedy(work: Path) -> None:
 @pytest.mark.slow
 def test_one_rank_of_two_runs_out_of_memory(tmp_path: Path, fineweb_folder: Path) -> None:
     """Both end, and what stays in status.json is what the one with too little memory says."""
-    fields = (
-        TINY | LARGE | {"micro_batch_size": 2048, "data": fineweb_folder, "warmup_steps": 0, "output_dir": tmp_path / "run"}
-    )
+    twice = {name: 2 * LARGE[name] for name in ("batch_tokens", "max_epochs")}
+    # Without a watchdog, which may be the first to say it, in other words, where the other rank computes for longer than 10 s.
+    fields = TINY | LARGE | twice | {"warmup_steps": 0, "watchdog_seconds": 0}
     port, processes = free_port(), []
     for number in (0, 1):
-        code = (LITTLE_MEMORY if number else "") + f"\nimport runpy\nrunpy.run_path({PRETRAIN!r}, run_name='__main__')"
         # The limit counts from what the libraries take.
-        code = "import recipe.train, accelerate, datasets, transformers\n" + code
+        code = "import recipe.train, accelerate, datasets, transformers\n" + (LITTLE_MEMORY if number else "") + TRAIN
         environ = environment(PYTHONPATH=str(ROOT), **rank(number, port))
-        command = [sys.executable, "-c", code.replace("3 * 2**29", "2**29"), *options(**fields)]
+        command = [sys.executable, "-c", code, *options(**fields, data=fineweb_folder, output_dir=tmp_path / "run")]
         processes.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=150)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], said
-    assert "cause:  out of memory on rank 1: this machine" in said[1] and "--micro_batch_size 1024 should fit" in said[1]
+    assert "cause:  out of memory on rank 1: this machine" in said[1] and "--micro_batch_size 2048 should fit" in said[1]
     assert "rank 1 failed at step 0" in said[0].splitlines()[-1]
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["rank"]) == ("failed", 1, 1)
