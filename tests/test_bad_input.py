@@ -37,6 +37,7 @@ DRIVER = """
 import json, os, re, signal, sys
 
 from recipe.cli import main
+from recipe.signals import leave
 
 import recipe.train, accelerate  # what most cases need: once here instead of in each child
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
@@ -66,9 +67,7 @@ def run(arguments, environment):
             import traceback
 
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     after = listing()
     return {

@@ -30,6 +30,7 @@ import json, os, signal, sys
 
 from recipe.cli import main
 from recipe.remedies import explain
+from recipe.signals import leave
 
 import recipe.train, accelerate, datasets  # what most cases need: once here instead of in each child
 
@@ -58,9 +59,7 @@ def run(name, case):
             import traceback
 
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return {"code": code, "stdout": open(f"{name}.stdout").read(), "stderr": open(f"{name}.stderr").read()}
 

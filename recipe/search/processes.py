@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from recipe.signals import leave
+
 STOP_PATIENCE_S = 60
 """Seconds that a run may take to stop."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -126,6 +128,4 @@ def _be_the_run(parent: int, arguments: list[str], log: Path, main: Callable[[li
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
