@@ -155,7 +155,7 @@ class Watchdog:
         candidates = silent or [r for r in stuck if everyone[r].writing > self.limit] or at_work or stuck
         culprit = max(candidates, key=lambda rank: everyone[rank].seconds)
         if silent and everyone[culprit].host == self._host and has_ended(everyone[culprit].pid):
-            reason = f"watchdog: lost {self._describe(culprit)}: its process is gone"
+            reason = f"watchdog: lost {self._describe(culprit)}: its process is gone, killed or failed"
         elif silent:
             reason = f"watchdog: no sign of life from {self._describe(culprit)}"
         else:
