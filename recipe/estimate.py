@@ -34,7 +34,7 @@ NODE = 8
 USABLE_MEMORY = 0.93
 """Of a card's memory; the rest is CUDA's context, the caching allocator's gaps and NCCL's buffers."""
 BUCKET = 500_000_000
-"""Gradients that DeepSpeed exchanges at a time (recipe/zero1.py)."""
+"""Gradients that DeepSpeed exchanges at a time in fp32 (recipe/zero1.py); in bf16 they are exchanged where they lie."""
 ACTIVATIONS, PLAIN_ACTIVATIONS = 16, 28
 """Numbers that a layer keeps for the backward pass, a token and unit of width: compiled or by our kernels, and by torch's."""
 
@@ -168,8 +168,8 @@ def memory_by_part(
         "activations": layers * size * config.n_embd * tokens,
         "logits": (12 + 4 * bool(config.z_loss) if plain else size) * padded * tokens,
     }
-    # The gradients are exchanged in buckets when the activations are gone, and need memory of their own only beyond those.
-    bucket = 4 * min(BUCKET, parameters) if ranks > 1 else 0
+    # Buckets are filled when the activations are gone, and need memory of their own only beyond those.
+    bucket = 4 * min(BUCKET, parameters) if ranks > 1 and precision == "fp32" else 0
     return memory | {"buckets": max(0, bucket - memory["activations"] - memory["logits"])}
 
 

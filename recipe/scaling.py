@@ -12,7 +12,7 @@ import math
 from dataclasses import astuple, dataclass, replace
 
 from recipe.config import Config, ConfigError
-from recipe.estimate import BUCKET, MEASURED, NODE, Machine, parse_machine
+from recipe.estimate import MEASURED, NODE, Machine, parse_machine
 from recipe.plan import GPT2_VOCAB_SIZE, count_parameters, flops_per_token, make_plan, padded_vocab_size
 
 MEASURED_STEP, MEASURED_LENGTH = 524_288, 1024
@@ -31,6 +31,8 @@ KERNELS_A_LAYER, LAUNCH_SECONDS = 30, 5e-6
 """Assumed: kernels of a compiled layer, forward and backward, and what each takes the host; a bound where rows are few."""
 HOP_SECONDS = 20e-6
 """Assumed: latency of a collective for each doubling of the ranks."""
+COLLECTIVES = 3
+"""Of a kind in a step, at most: one for each group of parameters that are trained alike (recipe/optim/groups.py)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class StepTime:
     optimizer: float
     """The rank's part of it."""
     reducing: float
-    """All-reduce of the fp32 gradients."""
+    """Reduce-scatter of the fp32 gradients."""
     gathering: float
     """All-gather of the bf16 weights."""
 
@@ -90,13 +92,13 @@ def step_time(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZ
         computing = max(computing, micro_steps * config.n_layer * KERNELS_A_LAYER * LAUNCH_SECONDS)
     reduced, gathered = exchanged_bytes(config, ranks, vocab_size)
     link, share = machine.gpu.bus if ranks <= NODE else machine.gpu.network, (ranks - 1) / ranks
-    latency = math.ceil(parameters / BUCKET) * HOP_SECONDS * math.log2(ranks)
+    latency = COLLECTIVES * HOP_SECONDS * math.log2(ranks)
     return StepTime(
         computing=computing,
         fixed=fixed,
         optimizer=optimizer / ranks,
-        # Around a ring every byte passes each link twice to be reduced, once to be gathered.
-        reducing=2 * share * reduced / link + latency,
+        # Around a ring every byte passes each link once.
+        reducing=share * reduced / link + latency,
         gathering=share * gathered / link + latency,
     )
 

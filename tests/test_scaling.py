@@ -40,7 +40,9 @@ def test_the_bytes_are_those_that_two_ranks_exchange(accelerate_file: str, optim
     parameters = count_parameters(CONFIG, padded_vocab_size(VOCABULARY))
     assert (reduced, gathered) == (4 * parameters, 2 * parameters)
     # Beside the gradients: norms and losses, numbers of a few bytes, and the padding of partitions. Accumulation adds nothing.
-    assert counted.pop("all_reduce") == pytest.approx(reduced, rel=0.01)
+    # Where the optimizer is replicated, every rank gets all of them, at twice the cost.
+    collective = "reduce_scatter_tensor" if accelerate_file == "2cpu-zero1" else "all_reduce"
+    assert counted.pop(collective) == pytest.approx(reduced, rel=0.01)
     gets = counted.pop("all_gather_into_tensor", 0) + counted.pop("all_gather", 0)
     if accelerate_file == "2cpu-zero1":
         assert gets == pytest.approx(gathered, rel=0.01)
@@ -65,8 +67,8 @@ def test_eight_gpus_by_hand(config: Config) -> None:
     eight = step_time(replace(config, micro_batch_size=64), parse_machine("8xH100-80GB"))
     parameters = 124_475_904
     assert eight.computing == pytest.approx((524_288 / 563_400 - 3.2e-3) / 8)
-    assert eight.reducing == pytest.approx(2 * 7 / 8 * 4 * parameters / 340e9 + 3 * 20e-6)
-    assert eight.gathering == pytest.approx(7 / 8 * 2 * parameters / 340e9 + 3 * 20e-6)
+    assert eight.reducing == pytest.approx(7 / 8 * 4 * parameters / 340e9 + 3 * 3 * 20e-6)
+    assert eight.gathering == pytest.approx(7 / 8 * 2 * parameters / 340e9 + 3 * 3 * 20e-6)
     assert (eight.fixed, eight.optimizer) == (0.7e-3, 2.5e-3 / 8)
     speed, measured = tokens_per_second(replace(config, micro_batch_size=64), parse_machine("8xH100-80GB"))
     assert speed == pytest.approx(524_288 / eight.total) and not measured
@@ -75,7 +77,7 @@ def test_eight_gpus_by_hand(config: Config) -> None:
     assert muon.optimizer == pytest.approx((2.5e-3 + 5.2e-3) / 8) and muon.computing == eight.computing
     # Between nodes the network counts.
     sixteen = step_time(replace(config, micro_batch_size=32), parse_machine("16xH100-80GB"))
-    assert sixteen.reducing == pytest.approx(2 * 15 / 16 * 4 * parameters / 40e9 + 4 * 20e-6)
+    assert sixteen.reducing == pytest.approx(15 / 16 * 4 * parameters / 40e9 + 3 * 4 * 20e-6)
 
 
 def test_computing_twice_costs_less_than_a_third(config: Config) -> None:
