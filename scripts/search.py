@@ -1,4 +1,4 @@
-"""Search for the recipe that needs the fewest tokens: run the trials of some stages, one after another, and report.
+"""Search for the recipe that needs the fewest tokens: run the trials of some stages, one on each GPU, and report.
 
 python scripts/search.py configs/search/1-baselines.yaml --results results.jsonl --data corpus --max_epochs 100
 python scripts/search.py configs/search/*.yaml --results results.jsonl --report docs/recipe.md
@@ -6,6 +6,8 @@ python scripts/search.py configs/search/*.yaml --results results.jsonl --report 
 --results FILE       a line a finished run; what is in it is not run again
 --scratch DIR        run folders, tokens and compiled code (default: runs/search); emptied of what no run needs any more
 --time_limit S       start no run that earlier ones say would end later than S seconds from now
+--side_by_side N     runs at once, each on a GPU of its own (default: auto, all that CUDA_VISIBLE_DEVICES shows); on a CPU they
+                     share the cores, and auto is 1
 --retry_failed       run again what has failed
 --list               print what is left to run, and stop
 --report FILE        write the tables into FILE, between its markers, and the figures into a folder named like it beside it
@@ -23,7 +25,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
-OPTIONS = {"results": "", "scratch": "runs/search", "time_limit": "", "report": "", "price_8xa100": "14", "price_8xh100": "24"}
+OPTIONS = {
+    "results": "", "scratch": "runs/search", "time_limit": "", "side_by_side": "auto", "report": "", "price_8xa100": "14",
+    "price_8xh100": "24",
+}  # fmt: skip
 SWITCHES = ("retry_failed", "list")
 
 
@@ -48,6 +53,8 @@ def read_words(words: list[str]) -> tuple[list[str], dict[str, str], dict[str, s
                 raise ValueError
         except ValueError:
             problems.append(f"{name}: {options[name]!r} (command line) is not a number above 0")
+    if options["side_by_side"] != "auto" and not (options["side_by_side"].isdecimal() and int(options["side_by_side"])):
+        problems.append(f"side_by_side: {options['side_by_side']!r} (command line) is neither auto nor a whole number above 0")
     if not files:
         problems.append("stages: no file is given; they are in configs/search/")
     if not options["results"]:
@@ -78,7 +85,8 @@ def main(words: list[str]) -> int:
                 print(path)
             return EXIT_OK
         limit = float(options["time_limit"]) if options["time_limit"] else None
-        search = Search(stages, results, Path(options["scratch"]), fields, limit, "retry_failed" in options)
+        at_once = None if options["side_by_side"] == "auto" else int(options["side_by_side"])
+        search = Search(stages, results, Path(options["scratch"]), fields, limit, "retry_failed" in options, at_once)
         if "list" in options:
             for job in search.jobs_left():
                 print(f"{job.label}: {show_tokens(job.tokens)} tokens")

@@ -8,18 +8,22 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launch import ROOT
-from recipe.config import ConfigError
+from launch import ROOT, environment
+from recipe.config import Config, ConfigError
 from recipe.parsing import load_config
 from recipe.plan import make_plan
+from recipe.search import places, processes, running
 from recipe.search.comparison import End, ends_of, fit_group, literature_floor, noise_of, predict, ratios_of, trained
-from recipe.search.processes import Interrupted, run_forked, signals_noted
+from recipe.search.places import find_places
+from recipe.search.processes import Forked, Interrupted, Pool, run_forked, signals_noted
 from recipe.search.report import SECTIONS, write_report
 from recipe.search.results import append, check_unchanged, key_of, overrides_of, read_results
 from recipe.search.running import Search, fits, predicted_seconds
@@ -38,7 +42,7 @@ from recipe.search.statistics import (
     tokens_along,
     tokens_to_reach,
 )
-from recipe.search.trials import Stage, jobs_of, load_stages, parse_tokens, show_tokens
+from recipe.search.trials import Job, Stage, jobs_of, load_stages, parse_tokens, show_tokens
 from recipe.watchdog import has_ended
 
 STAGES = sorted((ROOT / "configs" / "search").glob("*.yaml"))
@@ -264,18 +268,25 @@ def test_no_run_is_started_that_would_end_too_late(stage: Stage) -> None:
     elsewhere = record_of(cosine[1], own_tokens=1, device="another card")
     assert predicted_seconds(cosine[1], [elsewhere, *known]) == pytest.approx(1.1 * 25)
     assert predicted_seconds(cosine[1], [record_of(cosine[0], state="failed")]) is None
+    crowded = record_of(cosine[0], own_tokens=20_480, own_train_seconds=20.0, wall_seconds=30.0, side_by_side=2)
+    assert predicted_seconds(cosine[1], [crowded, *known], at_once=2) == pytest.approx(1.1 * 50), "not by one that was alone"
+    assert predicted_seconds(cosine[1], [crowded, *known], at_once=3) == pytest.approx(1.1 * (40 + 7.5)), "for want of others"
     assert fits(None, 0, 100) and not fits(None, 101, 100) and fits(1e9, 1e9, None)
     assert fits(27.5, 72.5, 100) and not fits(27.6, 72.5, 100)
 
 
 def test_a_stable_part_needs_time_for_a_branch_as_well(stage: Stage, tmp_path: Path) -> None:
+    def seconds_needed() -> float | None:
+        found = search(stage, tmp_path)
+        return found.seconds_needed(found.next_job())
+
     cosine, muon = (jobs_of(trial) for trial in stage.trials)
-    assert search(stage, tmp_path).seconds_needed() is None
+    assert seconds_needed() is None
     finish(stage, tmp_path, cosine[:1])
-    assert search(stage, tmp_path).seconds_needed() == pytest.approx(1.1 * (20 + 5))
+    assert seconds_needed() == pytest.approx(1.1 * (20 + 5))
     finish(stage, tmp_path, cosine[1:2])
     # 24 steps to the last checkpoint and 8 of the first decay, at 2 a second or more; start-up twice.
-    assert search(stage, tmp_path).seconds_needed() == pytest.approx(1.1 * (12 + 5 + 4 + 5))
+    assert seconds_needed() == pytest.approx(1.1 * (12 + 5 + 4 + 5))
 
 
 def test_trials_that_were_edited_are_refused(stage: Stage, tmp_path: Path) -> None:
@@ -391,6 +402,377 @@ def test_nothing_that_a_run_has_started_is_left(tmp_path: Path) -> None:
     while not has_ended(left) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert has_ended(left)
+
+
+def test_each_process_has_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CARD", "none")
+
+    def report(words: list[str]) -> int:
+        (name,) = words
+        (tmp_path / name).write_text(os.environ["CARD"])
+        while name != "third" and not (tmp_path / f"{name}-may-end").exists():
+            time.sleep(0.01)
+        return 0
+
+    def wait_for(name: str) -> str:
+        deadline = time.monotonic() + 20
+        while not ((tmp_path / name).exists() and (tmp_path / name).read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return (tmp_path / name).read_text()
+
+    with Pool([], [{"CARD": "a"}, {"CARD": "b"}]) as pool:
+        for name in ("first", "second"):
+            assert pool.has_room
+            pool.start(name, [name], tmp_path / f"{name}.log", report)
+        assert not pool.has_room
+        assert (wait_for("first"), wait_for("second")) == ("a", "b"), "both are under way"
+        (tmp_path / "second-may-end").touch()
+        ended = pool.wait()
+        assert (ended.what, ended.code, ended.at_once) == ("second", 0, 2) and pool.has_room
+        pool.start("third", ["third"], tmp_path / "third.log", report)
+        assert pool.wait().what == "third" and wait_for("third") == "b", "in the place that was free"
+        (tmp_path / "first-may-end").touch()
+        ended = pool.wait()
+        assert (ended.what, ended.at_once, pool.running) == ("first", 2, []), "the others came later"
+    assert os.environ["CARD"] == "none"
+
+
+def sleep_long(ready: Path, stubborn: bool = False):
+    """A main that sleeps until it is told to stop, or for a minute."""
+
+    def main(_: list[str]) -> int:
+        stopped = []
+        signal.signal(signal.SIGTERM, lambda *_: None if stubborn else stopped.append(1))
+        print(os.getpid(), subprocess.Popen(["sleep", "60"]).pid, flush=True)
+        ready.touch()
+        deadline = time.monotonic() + 60
+        while not stopped and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return 75
+
+    return main
+
+
+def pids_in(*logs: Path) -> list[int]:
+    return [int(word) for log in logs for word in log.read_text().split()]
+
+
+def all_end(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 5
+    while not all(map(has_ended, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return all(map(has_ended, pids))
+
+
+def test_a_signal_stops_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "STOP_PATIENCE_S", 0.5)
+    logs = [tmp_path / f"{name}.log" for name in range(3)]
+    received: list[int] = []
+    with Pool(received, [{}, {}, {}]) as pool:
+        for number, log in enumerate(logs):
+            pool.start(number, [], log, sleep_long(tmp_path / f"ready-{number}", stubborn=number == 1))
+        while not all((tmp_path / f"ready-{number}").exists() for number in range(3)):
+            time.sleep(0.01)
+        os.kill(pool.running[2].pid, signal.SIGKILL)
+        assert (pool.wait().code, len(pool.running)) == (-signal.SIGKILL, 2), "of one that was killed the others know nothing"
+        received.append(signal.SIGTERM)
+        assert not pool.has_room, "nothing is started any more"
+        codes = {(ended := pool.wait()).what: ended.code for _ in range(2)}
+    assert codes == {0: 75, 1: -signal.SIGKILL}, "one stops; one does not, and is killed"
+    assert len(pids_in(*logs)) == 6 and all_end(pids_in(*logs))
+
+
+def test_nothing_is_left_of_a_pool_that_an_error_ends(tmp_path: Path) -> None:
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    with pytest.raises(OSError, match="full"), Pool([], [{}, {}]) as pool:
+        for number, log in enumerate(logs):
+            pool.start(number, [], log, sleep_long(tmp_path / f"ready-{number}"))
+        while not all((tmp_path / f"ready-{number}").exists() for number in range(2)):
+            time.sleep(0.01)
+        raise OSError("the disk is full")
+    assert len(pids_in(*logs)) == 4 and all_end(pids_in(*logs))
+
+
+# --- runs side by side ------------------------------------------------------------------------------------------------
+
+COUNTED: list[int] = []
+
+
+def three_cards() -> int:
+    COUNTED.append(1)
+    return 3
+
+
+def no_card() -> int:
+    return 0
+
+
+def test_every_gpu_is_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "count_gpus", three_cards)
+
+    def cards(wanted: int | None, visible: str | None) -> list[str]:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = find_places(wanted)
+        assert all(set(place) == {"CUDA_VISIBLE_DEVICES"} for place in found)
+        return [place["CUDA_VISIBLE_DEVICES"] for place in found]
+
+    assert cards(None, None) == ["0", "1", "2"] and cards(2, None) == ["0", "1"] and cards(3, None) == ["0", "1", "2"]
+    assert cards(None, "7,GPU-ab, 5") == ["7", "GPU-ab", "5"] and cards(1, "7,2,5") == ["7"]
+    assert cards(None, "4,5,6,99") == ["4", "5", "6"], "no run on a card that is not there"
+    with pytest.raises(
+        ConfigError, match="side_by_side: 4 is more than this host's 3 GPUs, .*; give 3 at most, or leave it at auto"
+    ):
+        find_places(4)
+    assert not COUNTED, "this process, which forks the runs, asks no driver"
+
+
+def test_without_a_gpu_runs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "count_gpus", no_card)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_places(None) == [{"LOCAL_WORLD_SIZE": "1"}] and find_places(2) == [{"LOCAL_WORLD_SIZE": "2"}] * 2
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "all", ""])
+def test_a_number_of_runs_that_is_none_is_refused(value: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "search.py"), str(STAGES[0]), f"--side_by_side={value}"]
+    command += ["--results", str(tmp_path / "results.jsonl"), "--list"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert f"side_by_side: {value!r} (command line) is neither auto nor a whole number above 0" in done.stderr
+
+
+class Host:
+    """Stands in for the Pool, on a clock of its own: a step takes a second and all else of a run 5 s. A run leaves in its
+    folder what pretrain.py does. Whenever the search waits, nothing that could run may be left.
+
+    Attributes:
+        events: (seconds, "start" or "end", label, place), in order.
+        codes: exit codes other than 0, by label.
+        done: labels of what is in the results before the search.
+        may_idle: whether the search has a reason to leave a place free.
+        at_end: called with a label when its run has ended.
+    """
+
+    def __init__(self, stage: Stage, monkeypatch: pytest.MonkeyPatch, count: int):
+        self.jobs = {job.label: job for trial in stage.trials for job in jobs_of(trial)}
+        self.count, self.now, self.may_idle = count, 0.0, False
+        self.events, self.codes, self.done, self.at_end = [], {}, set(), lambda label: None
+        self.running: list[Forked] = []
+        self._told = False
+        self._configs: dict[str, Config] = {}
+        for name, value in {
+            "time": SimpleNamespace(monotonic=lambda: self.now),
+            "Pool": self.open,
+            "preload": lambda: None,
+            "find_places": lambda wanted: [{"CARD": str(n)} for n in range(wanted)],
+            "data_tokens": lambda config: 10_000,
+        }.items():
+            monkeypatch.setattr(running, name, value)
+        monkeypatch.setattr(Search, "_prepare_text", lambda self: {})
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            monkeypatch.setenv(name, "as it was")
+
+    def open(self, received: list[int], given: list[dict[str, str]]) -> Host:
+        assert given == [{"CARD": str(n)} for n in range(self.count)]
+        self.received = received
+        return self
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._told = True
+
+    @property
+    def stopping(self) -> bool:
+        return self._told or bool(self.received)
+
+    @property
+    def has_room(self) -> bool:
+        return not self.stopping and len(self.running) < self.count
+
+    def labels(self, kind: str) -> list[str]:
+        return [label for _, event, label, _ in self.events if event == kind]
+
+    def could_run(self) -> list[str]:
+        """What is neither done nor started, nor waits for a stable part."""
+        seen, over = self.done | set(self.labels("start")), self.done | set(self.labels("end"))
+        left = [job for label, job in self.jobs.items() if label not in seen]
+        return [j.label for j in left if j.kind != "branch" or f"tiny-{j.trial.name}-seed{j.seed}-stable" in over]
+
+    def start(self, job: Job, arguments: list[str], log: Path) -> None:
+        assert self.has_room and job.label not in self.labels("start")
+        config = self._configs[job.label] = load_config(arguments)
+        if job.kind == "branch":
+            assert (Path(config.resume) / "MANIFEST.json").is_file()
+        for step in job.save_at:  # those of a stable part are there before its end
+            saved = Path(config.output_dir) / "checkpoints" / f"step-{step:08d}"
+            saved.mkdir(parents=True)
+            (saved / "MANIFEST.json").touch()
+        place = min(set(range(self.count)) - {one.place for one in self.running})
+        self.events.append((self.now, "start", job.label, place))
+        self.running.append(Forked(job, 0, place, self.now))
+        for one in self.running:
+            one.at_once = max(one.at_once, len(self.running))
+
+    def wait(self) -> Forked:
+        assert self.may_idle or not self.has_room or not self.could_run()
+        ends = {id(one): one.began + 5 + one.what.tokens / 1024 for one in self.running}
+        one = min(self.running, key=lambda one: ends[id(one)])
+        self.running.remove(one)
+        self.now = self.now if self.stopping else ends[id(one)]
+        self.events.append((self.now, "end", one.what.label, one.place))
+        one.code, one.seconds = self.codes.get(one.what.label, 0), self.now - one.began
+        self._leave_files(one.what, one.code)
+        self.at_end(one.what.label)
+        return one
+
+    def _leave_files(self, job: Job, code: int) -> None:
+        config = self._configs[job.label]
+        if job.kind == "branch":
+            assert (Path(config.resume) / "MANIFEST.json").is_file(), "deleted while a branch needed it"
+        if code:
+            return
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "environment.json").write_text(json.dumps({"hardware": {"gpu": "card"}}))
+        (folder / "status.json").write_text(json.dumps({"state": "finished"}))
+        steps = [
+            {"step": n, "tokens": n * 1024, "train_loss": 3.0, "step_seconds": 1.0, "tokens_per_second": 1024.0}
+            for n in range(job.start + 1, job.steps + 1)
+        ]
+        last = {"step": job.steps, "tokens": job.steps * 1024, "val_loss": 3.0}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*steps, last]))
+
+
+def run_search(stage: Stage, tmp_path: Path, count: int, **options) -> tuple[int, list[str]]:
+    """How many runs are left, and what was said."""
+    said: list[str] = []
+    results, scratch = tmp_path / "results.jsonl", tmp_path / "scratch"
+    found = Search([stage], results, scratch, {"data": str(tmp_path)}, side_by_side=count, say=said.append, **options)
+    return found.run(), said
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_no_place_is_idle_and_no_branch_early(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    order = [job.label for job in search(stage, tmp_path).jobs_left()]
+    host = Host(stage, monkeypatch, count)
+    left, said = run_search(stage, tmp_path, count)
+    started = host.labels("start")
+    assert left == 0 and sorted(started) == sorted(order) == sorted(host.labels("end")), "each of them, once"
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r["state"] for r in records] == ["finished"] * 9 and max(r["side_by_side"] for r in records) == min(count, 6)
+    assert len(said) == 18 and [line.split(":")[0] for line in said] == [label for _, _, label, _ in host.events]
+    if count == 1:
+        assert started == order and [event for _, event, _, _ in host.events] == ["start", "end"] * 9
+        assert all(r["side_by_side"] == 1 for r in records)
+    else:
+        free = [label for label in order if host.jobs[label].kind != "branch"]
+        assert [label for label in started if label in free] == free, "what waits for nothing is started in order"
+        # The stable part and the longer branch of a seed are its longest way.
+        assert count < 6 or host.now == max(45, 29 + 21)
+    for one in (job for job in host.jobs.values() if job.kind == "branch"):
+        stable = f"tiny-muon-seed{one.seed}-stable"
+        events = [(event, label) for _, event, label, _ in host.events]
+        assert events.index(("end", stable)) < events.index(("start", one.label))
+    busy: dict[int, str] = {}
+    for _, event, label, place in host.events:
+        assert (busy.setdefault(place, label) if event == "start" else busy.pop(place)) == label, "one run in a place"
+    assert not list((tmp_path / "scratch" / "runs").iterdir()), "nothing needs the stable parts any more"
+
+
+def test_a_stable_part_stays_for_a_branch_that_is_tried_again(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cosine, muon = (jobs_of(trial) for trial in stage.trials)
+    finish(stage, tmp_path, cosine)
+    finish(stage, tmp_path, muon[1:3], state="failed", reason="no memory")
+    host = Host(stage, monkeypatch, 2)
+    host.done = {job.label for job in cosine}
+    # The second branch is still under way when the first is done, though the results hold an end of it; Host looks.
+    left, _ = run_search(stage, tmp_path, 2, retry_failed=True)
+    assert left == 0 and len(host.labels("end")) == 5
+
+
+def test_side_by_side_the_time_limit_leaves_room_for_a_branch(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cosine, muon = (jobs_of(trial) for trial in stage.trials)
+    finish(stage, tmp_path, cosine[:1], own_train_seconds=200.0, wall_seconds=205.0)  # alone: that tells nothing here
+    finish(stage, tmp_path, cosine[1:2], own_tokens=40_960, own_train_seconds=40.0, wall_seconds=45.0, side_by_side=2)
+    host = Host(stage, monkeypatch, 2)
+    host.may_idle = True
+    left, said = run_search(stage, tmp_path, 2, time_limit=60)
+    # A tenth more than a second a step and 5 s: at 25 s another 49.5 s are too much, also for the other place; the branches
+    # were reckoned with.
+    assert host.events == [
+        (0, "start", muon[0].label, 0), (0, "start", cosine[2].label, 1), (25, "end", cosine[2].label, 1),
+        (29, "end", muon[0].label, 0), (29, "start", muon[1].label, 0), (29, "start", muon[2].label, 1),
+        (42, "end", muon[1].label, 0), (50, "end", muon[2].label, 1),
+    ]  # fmt: skip
+    late = f"{cosine[3].label}: would take about 50 s, and 10 s are left; the same command goes on from here"
+    assert left == 3 and said[-1] == late and said.count(late) == 1 and len(said) == 9
+
+
+def test_a_signal_ends_the_search_with_what_is_done_in_the_results(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(stage, monkeypatch, 3)
+    first, second, third = (job.label for job in search(stage, tmp_path).jobs_left()[:3])
+    host.codes = {third: -signal.SIGTERM}
+
+    def tell(label: str) -> None:
+        if label == first:
+            host.received.append(signal.SIGTERM)
+
+    host.at_end = tell
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        run_search(stage, tmp_path, 3)
+    assert host.labels("start") == [first, second, third] and len(host.labels("end")) == 3
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["budget"], r["state"]) for r in records] == [("run", 20_000, "finished"), ("run", 40_000, "finished")]
+
+
+def test_a_run_that_others_have_stopped_stops_the_search(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(stage, monkeypatch, 2)
+    first, second = (job.label for job in search(stage, tmp_path).jobs_left()[:2])
+    host.codes = {first: 75}
+    with pytest.raises(Interrupted, match=first):
+        run_search(stage, tmp_path, 2)
+    assert host.stopping and host.labels("start") == host.labels("end") == [first, second]
+    assert [record["budget"] for record in read_results(tmp_path / "results.jsonl").values()] == [40_000]
+
+
+def test_a_run_that_is_killed_has_failed_and_the_others_go_on(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(stage, monkeypatch, 2)
+    first = search(stage, tmp_path).next_job()
+    host.codes = {first.label: -signal.SIGKILL}
+    left, said = run_search(stage, tmp_path, 2)
+    records = read_results(tmp_path / "results.jsonl")
+    assert left == 0 and len(records) == 9 and [r["state"] for r in records.values()].count("failed") == 1
+    assert records[first.key]["reason"] == "killed by SIGKILL" and f"{first.label}: failed at step 0: killed by SIGKILL" in said
+
+
+def test_runs_that_fail_one_after_another_stop_the_others(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(stage, monkeypatch, 3)
+    labels = [job.label for job in search(stage, tmp_path).jobs_left()]
+    host.codes = {labels[0]: 2, labels[2]: 2}
+    with pytest.raises(ConfigError, match="2 runs in a row have failed before their first step"):
+        run_search(stage, tmp_path, 3)
+    assert host.stopping and [one.what.label for one in host.running] == [labels[1], labels[5]]
+    assert [(r["state"], r["curve"]) for r in read_results(tmp_path / "results.jsonl").values()] == [("failed", [])] * 2
 
 
 # --- what follows from the results ------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from launch import ROOT, environment
+from recipe.files import read_json_lines
+from recipe.launches import descendants
+from recipe.watchdog import has_ended
 
 SEARCH = str(ROOT / "scripts" / "search.py")
 STAGE = """
@@ -53,6 +56,7 @@ class Bench:
     """A folder with a stage, its results and the search's command."""
 
     def __init__(self, folder: Path, text: Path):
+        folder.mkdir(exist_ok=True)
         self.folder, self.results, self.scratch = folder, folder / "results.jsonl", folder / "scratch"
         (folder / "base.yaml").write_text(BASE)
         self.stage = folder / "tiny.yaml"
@@ -153,3 +157,60 @@ def test_a_fault_of_the_machine_does_not_fail_all_trials(tmp_path: Path, fineweb
     assert "2 runs in a row have failed before their first step" in output and "kernels: fused needs a GPU" in output, output
     assert [(r["name"], r["state"]) for r in bench.records()] == [("rate-1", "failed"), ("rate-2", "failed")]
     assert "rate-1-seed0-10k" in bench.run("--list", "--retry_failed") and "rate-1-seed0-10k" not in bench.run("--list")
+
+
+def stage_of(*trials: str, head: str = STAGE[: STAGE.index("trials:")]) -> str:
+    return "\n".join([f"{head}trials:", *(f"  - {trial}" for trial in trials)])
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_end_as_one_after_another(tmp_path: Path, fineweb_folder: Path) -> None:
+    trials = STAGE[STAGE.index("trials:") :].split("\n  - ")[1:]
+    said, found = [], []
+    for count in (1, 2):
+        bench = Bench(tmp_path / str(count), fineweb_folder)
+        bench.stage.write_text(stage_of(*(trial for trial in trials if "name: cosine" in trial or "name: muon" in trial)))
+        lines = bench.run("--side_by_side", str(count)).splitlines()
+        said.append([line for line in lines if line.startswith("tiny-")])
+        found.append({(r["name"], r["kind"], r["budget"]): r for r in bench.records()})
+        assert len(bench.records()) == len(found[-1]) == 5, "each of them, once"
+        assert not list((bench.scratch / "runs").iterdir())
+    alone, beside = ([" tokens, to step " in line for line in lines] for lines in said)
+    assert alone == [True, False] * 5 and beside[:3] == [True, True, False], "the second does not wait for the first"
+    order = [line.split(":")[0] for line in said[1]]
+    assert sorted(order) == sorted(line.split(":")[0] for line in said[0])
+    muon = [label for label in order if label.startswith("tiny-muon")]
+    assert muon[:2] == ["tiny-muon-seed0-stable"] * 2, "no branch before its end"
+    one, two = found
+    assert {r["side_by_side"] for r in one.values()} == {1} and next(iter(two.values()))["side_by_side"] == 2
+    for key, record in one.items():
+        assert record["state"] == two[key]["state"] == "finished"
+        # With half the threads each, sums within a product are taken in another order.
+        assert two[key]["val_loss"] == pytest.approx(record["val_loss"], rel=1e-6)
+        for (step, tokens, loss), point in zip(two[key]["curve"], record["curve"], strict=True):
+            assert [step, tokens, pytest.approx(loss, rel=1e-6)] == point
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_runs(tmp_path: Path, fineweb_folder: Path) -> None:
+    bench = Bench(tmp_path, fineweb_folder)
+    budgets = {"a": "10k", "b": "1B", "c": "1B"}
+    trials = [f"{{name: {name}, group: llmc, budgets: [{budget}]}}" for name, budget in budgets.items()]
+    head = STAGE[: STAGE.index("trials:")] + "set: {max_epochs: 100000, warmup_steps: 0.1, log_every: 1}\n"
+    bench.stage.write_text(stage_of(*trials, head=head))
+    process = bench.start("--side_by_side", "2")
+    folders = [bench.scratch / "runs" / f"tiny-{name}-seed0-1B" for name in "bc"]
+    while any(len(read_json_lines(folder / "metrics.jsonl")) < 4 for folder in folders):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    runs = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75 and "stopped by SIGTERM; the same command goes on" in output, output
+    assert len(runs) >= 2 and all(map(has_ended, runs)), "no process is left"
+    for folder in folders:
+        log = (bench.scratch / "logs" / f"{folder.name}.log").read_text()
+        assert "by signal SIGTERM; the same command goes on from here" in log, log
+        assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    assert [(r["name"], r["state"]) for r in bench.records()] == [("a", "finished")], "what was stopped leaves no record"
+    assert len(bench.run("--list").splitlines()) == 2

@@ -19,9 +19,10 @@ Record = dict[str, Any]
 """Fields of a line: stage, name, group, seed, kind, budget and state (finished or failed, with reason), base and overrides;
 steps, tokens and curve, a list of [step, tokens, val_loss], from the beginning of training, for a branch with the stable part;
 val_loss at the end; start_step, from where it trained itself; tokens_per_second, the median over its steps; train_seconds, of
-the steps from the beginning of training; own_tokens, own_train_seconds and wall_seconds of this run alone; epochs of the text;
-hellaswag_... at the end, if it was evaluated; text and validation_sha256, micro_batch_size, precision, versions, device, commit
-and date."""
+the steps from the beginning of training; own_tokens, own_train_seconds and wall_seconds of this run alone; side_by_side, the
+most runs that the search had at once while this one went on, itself among them, for on a CPU they slow each other down (old
+results are without it: their runs were alone); epochs of the text; hellaswag_... at the end, if it was evaluated; text and
+validation_sha256, micro_batch_size, precision, versions, device, commit and date."""
 
 
 def key_of(record: Record) -> tuple[str, str, int, str, int]:
@@ -95,6 +96,7 @@ def make_record(
     stable: Record | None,
     log: Path,
     text_tokens: int | None = None,
+    side_by_side: int = 1,
 ) -> Record:
     """What the run of a job in `folder` has come to.
 
@@ -103,6 +105,7 @@ def make_record(
         stable: the record of the stable part that a branch has left.
         log: what the run has printed.
         text_tokens: of one pass over the text, if known.
+        side_by_side: how many runs there were at once.
     """
     environment = read_json(folder / "environment.json")
     status = read_json(folder / "status.json")
@@ -138,6 +141,7 @@ def make_record(
         "own_tokens": own_tokens,
         "own_train_seconds": round(own_seconds, 2),
         "wall_seconds": round(wall_seconds, 2),
+        "side_by_side": side_by_side,
         "first_step_seconds": training[0]["step_seconds"] if training else None,
         "text": environment.get("text"),
         "validation_sha256": environment.get("validation_sha256"),

@@ -1,8 +1,9 @@
-"""Running the trials: one process after another, forked from this one, which has loaded the libraries once.
+"""Running the trials: as many side by side as there are places, each in a process forked from this one, which has loaded the
+libraries once.
 
 A launch costs 25 to 35 s, most of it imports and compilation. Here a run starts with the libraries of its parent and finds what
-earlier runs have compiled, and the text is tokenised once for all. The parent never touches the GPU: a process forked from one
-that has could not use it.
+earlier runs have compiled, and the text is tokenised once for all. The parent never touches a GPU: a process forked from one
+that has could not use any.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields
 from recipe.data.token_index import TOKENIZER, is_prepared
 from recipe.estimate import data_tokens
-from recipe.search.processes import Interrupted, preload, run_forked, signals_noted, stop_if
+from recipe.search.places import find_places
+from recipe.search.processes import Forked, Interrupted, Pool, preload, run_forked, signals_noted, stop_if
 from recipe.search.results import Record, append, check_unchanged, key_of, make_record, read_results
 from recipe.search.trials import OWN_FIELDS, TEXT_FIELDS, Job, Stage, Trial, jobs_of, show_tokens
 
@@ -45,6 +47,7 @@ class Search:
         more: fields of all trials, over the stages' own.
         time_limit: seconds after which nothing is running any more, by what earlier runs have taken. None: no limit.
         retry_failed: run again what has failed.
+        side_by_side: how many runs go on at once. None: one on each GPU, or one.
         say: takes lines for the user.
     Raises:
         ConfigError: for fields that are wrong or differ from those of the results.
@@ -58,24 +61,29 @@ class Search:
         more: dict[str, str],
         time_limit: float | None = None,
         retry_failed: bool = False,
+        side_by_side: int | None = None,
         say: Callable[[str], None] = print,
     ):
         self.stages, self.results, self.scratch, self.more = stages, results, scratch.absolute(), more
-        self._limit, self._retry, self._say = time_limit, retry_failed, say
+        self._limit, self._retry, self._side_by_side, self._say = time_limit, retry_failed, side_by_side, say
         self.records = read_results(results)
         check_unchanged(stages, self.records)
         self._text = _one_text(stages, more)
         self._tried: set = set()
+        self._running: set = set()
+        """Keys of the jobs under way."""
+        self._at_once = 1
         self._began = time.monotonic()
 
     def run(self) -> int:
-        """Run what is not done yet, in order, until all is or the next would go beyond the time limit.
+        """Start what is not done yet, in order, until all is or the next would go beyond the time limit, and wait for its end.
 
         Returns:
             how many runs are left.
         Raises:
             Interrupted: if a signal came.
-            ConfigError: if the text cannot be tokenised, or one run after another fails before it trains.
+            ConfigError: if there are fewer GPUs than runs side by side, the text cannot be tokenised, or one run after another
+                fails before it trains; runs that are under way then are stopped, without a record.
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
         if self.next_job() is None:
@@ -90,18 +98,39 @@ class Search:
         os.environ.setdefault("TRITON_CACHE_DIR", str(self.scratch / "compiled" / "triton"))
         preload()
         stop_if(received)
+        places = find_places(self._side_by_side)
+        self._at_once = len(places)
         text = self._prepare_text()
         self._text_tokens = data_tokens(replace(self._text, data=str(text.get("data", self._text.data))))
-        failed = 0
-        while (job := self.next_job()) is not None:
-            stop_if(received)  # between two runs
-            elapsed, needed = time.monotonic() - self._began, self.seconds_needed()
-            if not fits(needed, elapsed, self._limit):
-                takes = "" if needed is None else f"would take about {needed:.0f} s, and "
-                left = max(0.0, self._limit - elapsed)
-                self._say(f"{job.label}: {takes}{left:.0f} s are left; the same command goes on from here")
-                break
-            record = self._run_job(job, text)
+        with Pool(received, places) as pool:
+            stopped = self._keep_busy(pool, text)
+        stop_if(received)
+        if stopped:
+            raise Interrupted(stopped)
+
+    def _keep_busy(self, pool: Pool, text: dict[str, Any]) -> str | None:
+        """Run jobs until none is left or a signal has come.
+
+        Returns:
+            the label of a run that others have told to stop, which is taken to be meant for all; None if there was none.
+        """
+        failed, stopped = 0, None
+        while True:
+            late = self._start_jobs(pool, text)
+            if not pool.running:
+                if late:
+                    self._say(late)
+                return stopped
+            ended = pool.wait()
+            job = ended.what
+            self._running.remove(job.key)
+            if ended.code and pool.stopping:
+                continue  # it was not done: no result
+            if ended.code == STOPPED:
+                stopped = job.label
+                pool.stop()
+                continue
+            record = self._note(ended)
             # Step 0 is validated before it is trained.
             failed = failed + 1 if record["state"] == "failed" and not record["curve"] else 0
             if failed == FAILURES:
@@ -109,6 +138,22 @@ class Search:
                     f"search: {failed} runs in a row have failed before their first step; mend that and give --retry_failed; "
                     f"{self._log(job)} ends with: {record['reason']}"
                 )
+
+    def _start_jobs(self, pool: Pool, text: dict[str, Any]) -> str | None:
+        """Start what comes next in every free place.
+
+        Returns:
+            what to say of the first that would end too late, if there is one. Once a run has ended it is looked at again: then
+            more is known, and a branch of that run, whose time was reckoned with, comes before it.
+        """
+        while pool.has_room and (job := self.next_job()) is not None:
+            elapsed, needed = time.monotonic() - self._began, self.seconds_needed(job)
+            if not fits(needed, elapsed, self._limit):
+                takes = "" if needed is None else f"would take about {needed:.0f} s, and "
+                left = max(0.0, self._limit - elapsed)
+                return f"{job.label}: {takes}{left:.0f} s are left; the same command goes on from here"
+            self._start(pool, job, text)
+        return None
 
     def jobs_left(self) -> list[Job]:
         """What is not done, in order: of each stage the first seed of all trials, then the second, so that a search that is cut
@@ -131,16 +176,24 @@ class Search:
             return []
         return stable + open_jobs if missing else open_jobs
 
-    def seconds_needed(self) -> float | None:
-        """That the next job takes, as far as earlier ones tell; of a stable part, with its first branch, for alone it leaves no
-        result, and its checkpoints may not outlast the machine."""
-        jobs = self.jobs_left()
-        known = [predicted_seconds(job, list(self.records.values())) for job in jobs[: 1 + (jobs[0].kind == "stable")]]
+    def seconds_needed(self, job: Job) -> float | None:
+        """That a job takes, as far as earlier ones tell; a stable part with its first branch, for alone it leaves no result,
+        and its checkpoints may not outlast the machine."""
+        jobs = [job]
+        if job.kind == "stable":
+            jobs += [other for other in self._jobs_left(job.trial, job.seed) if other.kind == "branch"][:1]
+        known = [predicted_seconds(one, list(self.records.values()), self._at_once) for one in jobs]
         return None if None in known else sum(known)
 
     def next_job(self) -> Job | None:
-        """The first that is not done."""
-        return next(iter(self.jobs_left()), None)
+        """The first that can be started now."""
+        return next((job for job in self.jobs_left() if self._can_start(job)), None)
+
+    def _can_start(self, job: Job) -> bool:
+        """Whether it is not under way and, for a branch, its stable part has ended: its curve begins with that one's."""
+        if job.key in self._running:
+            return False
+        return job.kind != "branch" or (self._stable_of(job).key not in self._running and self.checkpoint(job) is not None)
 
     def checkpoint(self, branch: Job) -> Path | None:
         """The checkpoint that a branch goes on from, if it is there."""
@@ -151,6 +204,8 @@ class Search:
         return next(job for job in jobs_of(branch.trial) if job.kind == "stable" and job.seed == branch.seed)
 
     def _done(self, job: Job) -> bool:
+        if job.key in self._running:
+            return False  # whatever became of it before
         record = self.records.get(job.key)
         again = self._retry and job.key not in self._tried
         return record is not None and not (again and record["state"] == "failed")
@@ -164,7 +219,7 @@ class Search:
     def _log(self, job: Job) -> Path:
         return self.scratch / "logs" / f"{job.label}.log"
 
-    def _run_job(self, job: Job, text: dict[str, Any]) -> Record:
+    def _start(self, pool: Pool, job: Job, text: dict[str, Any]) -> None:
         folder, checkpoint = self._folder(job), None
         if job.kind == "branch":
             checkpoint = self.checkpoint(job)
@@ -174,13 +229,18 @@ class Search:
         log.parent.mkdir(exist_ok=True)
         arguments = job.arguments(folder, checkpoint, self.more | text)
         self._say(f"{job.label}: {show_tokens(job.tokens)} tokens, to step {job.steps}")
-        began = time.monotonic()
         self._tried.add(job.key)
-        code = run_forked(arguments, log)
-        if code == STOPPED:
-            raise Interrupted(job.label)
+        self._running.add(job.key)
+        pool.start(job, arguments, log)
+
+    def _note(self, ended: Forked) -> Record:
+        """Add what a run has come to to the results."""
+        job: Job = ended.what
         stable = self.records.get(self._stable_of(job).key) if job.kind == "branch" else None
-        record = make_record(job, folder, code, time.monotonic() - began, stable, log, self._text_tokens)
+        log = self._log(job)
+        record = make_record(
+            job, self._folder(job), ended.code, ended.seconds, stable, log, self._text_tokens, side_by_side=ended.at_once
+        )
         append(self.results, record)
         self.records[key_of(record)] = record
         self._say(f"{job.label}: {describe(record)}")
@@ -226,14 +286,20 @@ def fits(needed: float | None, elapsed: float, limit: float | None) -> bool:
     return elapsed < limit and (needed is None or elapsed + needed <= limit)
 
 
-def predicted_seconds(job: Job, records: list[Record]) -> float | None:
+def predicted_seconds(job: Job, records: list[Record], at_once: int = 1) -> float | None:
     """How long a job takes, by those before it: start-up, validation and the rest as the median of the latest, and its tokens
-    at the speed of the most alike. None if there were none."""
+    at the speed of the most alike. None if there were none.
+
+    Args:
+        at_once: how many runs, itself among them, share the host.
+    """
     known = [r for r in records if r["state"] == "finished" and r["own_train_seconds"] > 0]
     if not known:
         return None
     device = known[-1]["device"]
     known = [r for r in known if r["device"] == device]
+    # On a CPU, and in what a GPU's run does on one, those with fewer beside them were faster.
+    known = [r for r in known if r.get("side_by_side", 1) >= at_once] or known
     alike = [r for r in known if (r["stage"], r["name"]) == (job.trial.stage, job.trial.name)]
     alike = alike or [r for r in known if r["group"] == job.trial.group] or known
     speed = min(r["own_tokens"] / r["own_train_seconds"] for r in alike)
