@@ -8,6 +8,8 @@ import pickle
 import random
 import re
 import shutil
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,6 +70,70 @@ def test_parquet_reads_the_text_column_alone(tmp_path, monkeypatch):
     assert 0 < count < 10_000 < os.path.getsize(path)
 
 
+@pytest.mark.parametrize("documents", [2999, 3000, 3001])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_row_group_is_read_in_batches(tmp_path, monkeypatch, documents, kind):
+    """With documents in all sorts of pages, a batch's length apart from them, and from the middle on as well."""
+    monkeypatch.setattr(corpus_module, "BATCH_DOCUMENTS", 100)
+    monkeypatch.setattr(corpus_module, "PARQUET_BUFFER_BYTES", 1000)
+    texts = [None if n % 7 == 3 else f"{n} " * (n % 90) for n in range(documents)]
+    table = pa.table({"text": pa.array(texts).cast(kind)})
+    pq.write_table(table, tmp_path / "a.parquet", data_page_size=5000, dictionary_pagesize_limit=2000)
+    corpus = open_training(tmp_path)
+    expected = list(filter(None, texts))
+    assert len(corpus.units) == 1
+    assert read_all(corpus) == expected
+    assert read_all(corpus.with_units([replace(corpus.units[0], skip=1234)])) == expected[1234:]
+
+
+def test_large_row_group_is_not_held(tmp_path, monkeypatch):
+    """At its first document, neither as read nor as decoded; and the file is open until its end alone."""
+    rng = random.Random(3)
+    texts = [rng.randbytes(800).hex() for _ in range(40_000)]
+    path = write_parquet(tmp_path / "a.parquet", texts, group=len(texts))
+    corpus, handles, bytes_read = open_training(path), [], 0
+
+    class Counting(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            nonlocal bytes_read
+            data = super().read(size)
+            bytes_read += len(data)
+            return data
+
+    def open_file(file: int) -> io.FileIO:
+        handles.append(Counting(corpus.files[file]))
+        return handles[-1]
+
+    monkeypatch.setattr(corpus, "open", open_file)
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    documents = corpus.read(corpus.units[0])
+    assert next(documents) == texts[0]
+    held = pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 20e6 < sum(map(len, texts)) / 3
+    assert bytes_read <= corpus_module.PARQUET_BUFFER_BYTES
+    assert [handle.closed for handle in handles] == [False]
+    assert list(documents) == texts[1:]
+    assert [handle.closed for handle in handles] == [True]
+
+    handles.clear()
+    next(corpus.read(corpus.units[0]))  # and left at once
+    assert [handle.closed for handle in handles] == [True]
+
+
+def test_ordinary_row_group_is_let_go_at_its_first_document(tmp_path, monkeypatch):
+    texts = [f"{n} " * 2000 for n in range(1000)]
+    corpus = open_training(write_parquet(tmp_path / "a.parquet", texts))
+    opened, handles = corpus.open, []
+    monkeypatch.setattr(corpus, "open", lambda file: handles.append(opened(file)) or handles[-1])
+    before = pa.total_allocated_bytes()
+    documents = corpus.read(corpus.units[0])
+    assert next(documents) == texts[0]
+    assert [handle.closed for handle in handles] == [True]
+    assert pa.total_allocated_bytes() == before
+
+
 def test_parquet_leaves_out_null_and_empty_documents(tmp_path):
     corpus = open_training(write_parquet(tmp_path / "a.parquet", ["one", None, "", "two", None]))
     assert read_all(corpus) == ["one", "two"]
@@ -93,7 +159,7 @@ def test_text_column_names_another_column(tmp_path):
 def test_wrong_text_column_names_those_there_are(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS, key="body", id=list(range(7)))
     (problem,) = refused(tmp_path)
-    assert problem == f"data: {tmp_path}/a.parquet has no column text; set text_column to one of id, body"
+    assert problem == f"data: {tmp_path}/a.parquet has no column text; set text_column to one of body"
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_jsonl_gz])
@@ -103,10 +169,35 @@ def test_wrong_json_key_names_those_there_are(tmp_path, write):
 
 
 def test_text_column_without_strings_is_refused(tmp_path):
-    write_parquet(tmp_path / "a.parquet", TEXTS, id=list(range(1, 8)))
-    (problem,) = refused(tmp_path, "id")
-    assert problem.startswith(f"data: {tmp_path}/a.parquet")
-    assert "text_column" in problem.replace(str(tmp_path), "")
+    path = write_parquet(tmp_path / "a.parquet", TEXTS, id=list(range(1, 8)))
+    assert refused(tmp_path, "id") == [f"data: {path}: id holds int64, not text; set text_column to one of text"]
+
+
+NESTED = {
+    "parts": (pa.array([["one", "two"]]), "lists"),
+    "large": (pa.array([["one"]], pa.large_list(pa.string())), "lists"),
+    "fixed": (pa.array([["one"]], pa.list_(pa.string(), 1)), "lists"),
+    "pairs": (pa.array([[("a", "b")]], pa.map_(pa.string(), pa.string())), "lists"),
+    "meta": (pa.array([{"text": "one", "n": 1}]), "structs"),
+}
+
+
+@pytest.mark.parametrize("name", [*NESTED, "meta.text", "parts.list.element", "nothing"])
+def test_nested_columns_are_neither_read_nor_offered(tmp_path, name):
+    columns = {name: values for name, (values, _) in NESTED.items()}
+    columns |= {"title": pa.array(["a"], pa.large_string()), "kind": pa.array(["b"]).dictionary_encode()}
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), path)
+    what = f": {name} holds {NESTED[name][1]}, not text" if name in NESTED else f" has no column {name}"
+    assert refused(tmp_path, name) == [f"data: {path}{what}; set text_column to one of title, kind"]
+    assert read_all(open_training(tmp_path, "title")) == ["a"]
+
+
+def test_parquet_without_any_text_says_so(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": NESTED["parts"][0]}), path)
+    expected = "text holds lists, not text; no other can be text_column; replace or remove the file"
+    assert refused(tmp_path) == [f"data: {path}: {expected}"]
 
 
 # --- JSON lines ---------------------------------------------------------------------------------------------------
@@ -158,6 +249,24 @@ def test_json_escapes_and_unicode_line_ends_inside_a_document(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", texts)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     assert read_all(open_training(tmp_path)) == texts * 2
+
+
+SURROGATES = {
+    b"a\xed\xa0\x81b": "a\ufffdb",
+    b"a\xed\xb8\x80": "a\ufffd",
+    b"\xed\xa0\xbd\xed\xb8\x80": "\N{GRINNING FACE}",
+    rb"\ud83d" + b"\xed\xb8\x80": "\N{GRINNING FACE}",
+    rb"\ud801 \ud83d\ude00": "\ufffd \N{GRINNING FACE}",
+    "한국어 텍스트 \ud7ff".encode(): "한국어 텍스트 \ud7ff",
+}
+"""What is written between the quotes, and what it means."""
+
+
+@pytest.mark.parametrize("write", [Path.write_bytes, lambda path, data: path.write_bytes(gzip.compress(data))])
+def test_halves_of_surrogate_pairs_are_mended(tmp_path, write):
+    path = tmp_path / ("a.jsonl" if write is Path.write_bytes else "a.jsonl.gz")
+    write(path, b"".join(b'{"text": "%s"}\n' % raw for raw in SURROGATES))
+    assert read_all(open_training(path)) == list(SURROGATES.values())
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".json.gz"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from corpus_helpers import NumberEncoder, numbered_corpus, open_training, read_all, take_restarting, write_jsonl, write_parquet
+from recipe.data import corpus as corpus_module
 from recipe.data import packing
 from recipe.data.corpus import Corpus, Unit
 from recipe.data.packing import Cursor, ShardPacker
@@ -150,6 +151,7 @@ def test_a_new_packer_goes_on_from_any_cursor(tmp_path, monkeypatch, order, leng
     corpus = numbered_corpus(tmp_path, [*LENGTHS, [2] * 19], group)
     monkeypatch.setattr(packing, "SHUFFLE_WINDOW", 2)
     monkeypatch.setattr(NumberEncoder, "chunk", 3)
+    monkeypatch.setattr(corpus_module, "BATCH_DOCUMENTS", 5)
     whole = list(take_all(make_packer(corpus, length, order), epochs=2))
     again = take_restarting(lambda *cursor: make_packer(corpus, length, order, *cursor), epochs=2, seed=length)
     assert again == whole

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from email.utils import formatdate
+from itertools import islice
 from pathlib import Path
 
 import huggingface_hub
@@ -27,6 +28,7 @@ import pytest
 from corpus_helpers import open_training
 from hub_server import Fault, HubServer, Request, first
 from launch import free_port
+from recipe.data import corpus as corpus_module
 from recipe.data import remote
 from recipe.data.corpus import Corpus, DataError
 from recipe.data.remote import BUFFER_BYTES, RemoteFile, RemoteReadError, RetryPolicy
@@ -470,6 +472,41 @@ def test_pyarrow_asks_for_the_text_column_alone(tmp_path: Path, redirects: bool)
         hub.fault = first(ALWAYS, Fault(status=401))
         with pytest.raises(RemoteReadError, match="status 401"):
             pq.ParquetFile(open_file(), metadata=footer).read_row_group(0, columns=["text"])
+
+
+def test_a_large_row_group_comes_in_parts_as_its_documents_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request where it fits in the buffer. A part that fails is asked for again, or named."""
+    path = tmp_path / "0.parquet"
+    texts = write_parquet(path, groups=1, rows=5000, text_bytes=1000)
+    local = open_training(path)
+    size = local.footers[0].row_group(0).column(1).total_compressed_size
+    with HubServer() as hub:
+        sha = hub.add_repo("dataset", "Org/data", {"0.parquet": path})
+        url = f"hf://datasets/Org/data@{sha}/0.parquet"
+        corpus = replace(local, files=[url], remote=True)
+        monkeypatch.setattr(corpus, "open", lambda file: RemoteFile(url, local.sizes[0], 1, POLICY, hub.endpoint))
+        unit = corpus.units[0]
+
+        monkeypatch.setattr(corpus_module, "PARQUET_BUFFER_BYTES", size)
+        assert list(corpus.read(unit)) == texts
+        assert len(hub.requests) == 1
+
+        monkeypatch.setattr(corpus_module, "PARQUET_BUFFER_BYTES", size // 4)
+        hub.requests.clear()
+        documents = corpus.read(unit)
+        first_part = list(islice(documents, 1000))
+        assert len(hub.requests) < 3
+        hub.fault = first(1, Fault(status=503))
+        assert first_part + list(documents) == texts
+        good = [request for request in hub.requests if request.status == 206]
+        assert len(good) == 4 and len(hub.requests) == 5
+        assert sum(request.bytes_sent for request in good) == size
+
+        documents = corpus.read(unit)
+        assert next(documents) == texts[0]
+        hub.fault = first(ALWAYS, Fault(status=404))
+        with pytest.raises(DataError, match=re.escape(url) + ".*status 404"):
+            list(documents)
 
 
 def random_faults(share: float, seed: int) -> Callable[[Request], Fault | None]:

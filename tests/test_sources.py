@@ -122,7 +122,55 @@ def test_test_files_are_used_for_nothing(tmp_path, name):
     assert read_all(training) == ["train"]
 
 
-def test_names_of_folders_say_nothing_about_the_split(tmp_path):
+def write_tree(folder: Path, *paths: str) -> None:
+    """Files of one document, which is their path."""
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / path, [path])
+
+
+TREES = {
+    "splits": (["train/0.jsonl"], ["validation/0.jsonl"], ["test/0.jsonl"]),
+    "short names": (["training/a.jsonl"], ["val/a.jsonl", "dev/a.jsonl", "Valid/a.jsonl"], ["testing/a.jsonl"]),
+    "words of a name": (["train-1/a.jsonl", "contest/a.jsonl"], ["wiki_val.2/a.jsonl"], ["wiki-test/a.jsonl"]),
+    "deep": (
+        ["essays/a.jsonl", "poems/old/a.jsonl", "z.jsonl"],
+        ["essays/validation/a.jsonl", "poems/old/dev/b/c.jsonl"],
+        ["essays/test/b/a.jsonl"],
+    ),
+    "names of files": (["train/a.jsonl"], ["train/val.jsonl", "test/dev.jsonl"], ["train/test.jsonl", "dev/test.jsonl"]),
+    "the last folder": (["wiki-dev/train/a.jsonl"], ["test/dev/a.jsonl", "train/val/a.jsonl"], ["dev/test/a.jsonl"]),
+    "trains": (["a.jsonl"], ["validation/train-trips.jsonl"], ["test/train.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_folders_inside_tell_the_split(tmp_path, tree):
+    expected, held_out, _ = map(sorted, tree)
+    folder = tmp_path / "test-[validation]"  # what the user named says nothing
+    write_tree(folder, *sum(tree, []))
+    training, validation = open_corpora(str(folder), None, "text", tmp_path)
+    assert sorted(read_all(training)) == expected
+    assert sorted(read_all(validation)) == held_out
+
+
+def test_folders_that_a_glob_matches_tell_the_split(tmp_path, monkeypatch):
+    write_tree(tmp_path / "test" / "here", "train/a.jsonl", "validation/a.jsonl", "test/a.jsonl")
+    monkeypatch.chdir(tmp_path / "test" / "here")
+    for data in (f"{tmp_path}/test/here/*/*.jsonl", "*/a.jsonl", "./**/*.jsonl", f"{tmp_path}/test/here/[tv]*/*"):
+        training, validation = open_corpora(data, None, "text", tmp_path)
+        assert (read_all(training), read_all(validation)) == (["train/a.jsonl"], ["validation/a.jsonl"]), data
+    for data in ("validation/*.jsonl", "validation/a.jsonl", "val*/*"):
+        assert read_all(open_training(data)) == ["validation/a.jsonl"], data
+
+
+def test_folder_with_one_split_is_trained_on_whatever_its_name(tmp_path):
+    write_tree(tmp_path, "validation/a.jsonl", "validation/b.jsonl")
+    training, validation = open_corpora(str(tmp_path), None, "text", tmp_path)
+    assert (read_all(training), validation) == (["validation/a.jsonl", "validation/b.jsonl"], None)
+
+
+def test_name_of_the_named_folder_says_nothing_about_the_split(tmp_path):
     folder = tmp_path / "test-validation"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", ["a"])

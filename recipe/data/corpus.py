@@ -17,9 +17,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipe.config import ConfigError, first_line
 from recipe.data.sources import FORMATS, file_format, find_files
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 JSONL_UNIT_BYTES = 4 << 20
 """Bytes of a .jsonl unit: about the text of one FineWeb row group, small enough to deal out to 64 shards."""
@@ -28,6 +32,12 @@ TXT_UNIT_BYTES = 1 << 18
 
 OPEN_AT_ONCE = 8
 """Files on the Hub that are opened side by side."""
+
+BATCH_DOCUMENTS = 1000
+"""Documents of a parquet row group that are decoded at a time: all those of a FineWeb row group, or of a shuffled window."""
+PARQUET_BUFFER_BYTES = 4 << 20
+"""Compressed bytes of a parquet row group that are read at a time: twice those of a FineWeb row group, which is therefore one
+request of the Hub. Of larger ones a request brings more text than FineWeb's do."""
 
 LABELS = ("id", "url")
 """Columns or keys that say where a document is from."""
@@ -207,38 +217,65 @@ def _open(name: str, files: list[str], text_column: str, config_field: str) -> C
 
 
 def _parquet_units(corpus: Corpus, file: int) -> list[Unit]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with corpus.open(file) as handle:
         footer = pq.ParquetFile(handle).metadata
-    columns = [footer.schema.column(i).path for i in range(footer.num_columns)]
-    if corpus.text_column not in columns:
-        raise ConfigError(
-            f"{corpus.files[file]} has no column {corpus.text_column}; set text_column to one of {', '.join(columns)}"
-        )
+    _check_text_column(corpus.files[file], corpus.text_column, footer.schema.to_arrow_schema())
     corpus.footers[file] = footer
-    column = columns.index(corpus.text_column)
-    kind = footer.schema.to_arrow_schema().field(corpus.text_column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise ConfigError(f"{corpus.files[file]}: {corpus.text_column} does not hold text; set text_column to another column")
+    column = [footer.schema.column(i).path for i in range(footer.num_columns)].index(corpus.text_column)
     groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
     # Each value has its length, 4 bytes, in front, unless repeated values are stored once: then this is too small.
     sizes = [max(group.num_rows, group.column(column).total_uncompressed_size - 4 * group.num_rows) for group in groups]
     return [Unit(file, g, g + 1, size) for g, size in enumerate(sizes) if groups[g].num_rows]
 
 
-def _read_parquet(corpus: Corpus, unit: Unit) -> Iterator[str]:
+def _check_text_column(path: str, name: str, schema: pa.Schema) -> None:
+    """Raise ConfigError unless the column `name` of a parquet file holds text; say which ones do."""
+    import pyarrow as pa
+
+    def is_text(kind: pa.DataType) -> bool:
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+    # Columns inside of others are no choice: one row may hold many texts.
+    others = ", ".join(column.name for column in schema if is_text(column.type))
+    remedy = f"set text_column to one of {others}" if others else "no other can be text_column; replace or remove the file"
+    if name not in schema.names:
+        raise ConfigError(f"{path} has no column {name}; {remedy}")
+    kind = schema.field(name).type
+    if not is_text(kind):
+        held = "structs" if pa.types.is_struct(kind) else "lists" if pa.types.is_nested(kind) else kind
+        raise ConfigError(f"{path}: {name} holds {held}, not text; {remedy}")
+
+
+def _read_parquet(corpus: Corpus, unit: Unit) -> Iterator[str | None]:
+    # The reader of a shard pauses between documents while its window is trained on: what it has been given is not kept.
+    for documents in _parquet_batches(corpus, unit):
+        documents.reverse()
+        while documents:
+            yield documents.pop()
+
+
+def _parquet_batches(corpus: Corpus, unit: Unit) -> Iterator[list[str | None]]:
+    """The documents of a row group, BATCH_DOCUMENTS at a time: a row group of pandas has a million rows, and up to 64 shards
+    read one each."""
     import pyarrow.parquet as pq
 
+    footer = corpus.footers[unit.file]
+    left = footer.row_group(unit.start).num_rows
     with corpus.open(unit.file) as handle:
-        file = pq.ParquetFile(handle, metadata=corpus.footers[unit.file])
-        documents = file.read_row_group(unit.start, columns=[corpus.text_column], use_threads=False).column(0).to_pylist()
-    # The reader of a shard pauses here while its window is trained on: what it has been given is not kept as well.
-    documents.reverse()
-    while documents:
-        yield documents.pop()
+        # pre_buffer would read all of the row group's column at once, and keep it.
+        file = pq.ParquetFile(handle, metadata=footer, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
+        batches = file.iter_batches(BATCH_DOCUMENTS, [unit.start], [corpus.text_column], use_threads=False)
+        while left:
+            documents = next(batches).column(0).to_pylist()
+            left -= len(documents)
+            if left:
+                yield documents
+    # The last batch, of an ordinary row group the only one, waits without the file and its buffers.
+    del file, batches
+    yield documents
 
 
 def _label_parquet(corpus: Corpus, unit: Unit) -> list[dict]:
@@ -312,8 +349,9 @@ def _parse_line(corpus: Corpus, path: str, line: bytes) -> str | None:
     text = record[corpus.text_column]
     if not isinstance(text, str | None):
         raise ConfigError(f"{path}: {corpus.text_column} does not hold text; set text_column to another key")
-    if isinstance(text, str) and b"\\u" in line:
-        # Half a surrogate pair, which is no text, becomes U+FFFD.
+    if isinstance(text, str) and (b"\xed" in line or b"\\u" in line):
+        # Half a surrogate pair, which is no text, becomes U+FFFD. json.loads lets escaped ones pass, and raw ones: three bytes
+        # from 0xED on, as Java and MySQL write them (CESU-8). Korean begins with this byte as well and stays as it is.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from glob import glob
+from itertools import takewhile
 from pathlib import Path
 
 from recipe.config import INSTALLED_DOCS, ConfigError, first_line
@@ -18,6 +19,7 @@ FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".
 
 _VALIDATION = re.compile(r"(?<![a-z])(validation|valid|val|dev)(?![a-z])")
 _TEST = re.compile(r"(?<![a-z])(test|testing)(?![a-z])")
+_TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -64,13 +66,34 @@ def find_files(data: str, cache: Path, name: str) -> dict[str, list[str]]:
         problems = check_data_exists(name, data)
         if problems:
             raise ConfigError(*problems)
-        files = local_text_files(data)
-        validation = [f for f in files if _VALIDATION.search(Path(f).name.lower())]
-        testing = [f for f in files if _TEST.search(Path(f).name.lower())]
-        training = [f for f in files if f not in validation and f not in testing]
+        files, root = local_text_files(data), _named_folder(data)
+        splits = {f: _split(Path(f).relative_to(root)) for f in files}
+        training, validation = ([f for f in files if splits[f] == split] for split in ("train", "validation"))
         # A lone file, or a folder of files that all look like one split, is what the user asked to train on.
         return {"train": training or files, "validation": validation if training else []}
     return _resolve_hub(data, name)
+
+
+def _named_folder(data: str) -> Path:
+    """The folder that local `data` names itself, or in which its file or all that its glob matches lies."""
+    path = Path(os.path.expanduser(data))
+    if path.is_dir():
+        return path
+    return path.parent if path.is_file() else Path(*takewhile(lambda part: not set(part) & set("*?["), path.parts))
+
+
+def _split(path: Path) -> str:
+    """`train`, `validation` or `test`: what the file's name says, else the last folder of the relative path that names one."""
+    name, *folders = (part.lower() for part in reversed(path.parts))
+    for part in (name, *folders):
+        if _VALIDATION.search(part):
+            return "validation"
+        if _TEST.search(part):
+            return "test"
+        # Of a file, `train` says nothing: validation/train-trips.txt is for validation.
+        if part is not name and _TRAIN.search(part):
+            break
+    return "train"
 
 
 def _installed_docs(cache: Path) -> Path:
