@@ -50,7 +50,8 @@ class DataConfig:
     or .txt; `installed-docs`, the documentation of the installed Python packages; or what scripts/prepare_data.py made of
     one of these, a folder or a Hub dataset."""
     validation_data: str | None = None
-    """Validation text, in the same forms. Default: the validation split of `data`, else its first documents."""
+    """Validation text, in the same forms. Default: the validation split of `data` (in a folder the files and subfolders with
+    validation, valid, val or dev in their names; those with test are left out of both), else its first documents."""
     validation_tokens: int = 10_485_760
     """Tokens of the validation set (llm.c's number). Held out from `data`, it is at most a twentieth of the text."""
     text_column: str = "text"
@@ -210,7 +211,8 @@ class FaultConfig:
     before them and leave their rows out."""
     spike_action: typing.Literal["none", "skip", "rollback"] = "none"
     """What to do about a step whose loss lies far above those before it. skip: leave out its update; rollback: go back to the
-    last checkpoint before it and leave its rows out. The rows are recorded in skipped_rows.jsonl."""
+    last checkpoint before it and leave its rows out. The rows are recorded in skipped_rows.jsonl. Sixteen in a row are no
+    spikes but another level of the loss, which is accepted."""
     spike_threshold: float = 6.0
     """Standard deviations above the mean of the steps accepted before, from which a loss is a spike."""
     spike_window: int = 128
