@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -71,6 +72,8 @@ def parse_config(arguments: list[str]) -> tuple[Config, list[str]]:
                 "and put a new one into HF_TOKEN or `hf auth login`"
             )
             continue
+        if name in PATH_FIELDS and isinstance(value, str):
+            value = os.path.expanduser(value)  # no shell does it behind `--field=`, nor in YAML
         try:
             setattr(config, name, _convert(value, hints[name]))
         except (ValueError, OverflowError):
@@ -164,6 +167,8 @@ def _read_yaml(path: str, problems: list[str]) -> dict | None:
     return {str(name): value for name, value in values.items()}
 
 
+PATH_FIELDS = frozenset("data validation_data tokenizer output_dir resume init_from evaluate_data".split())
+"""Fields that may name a file or folder of this machine."""
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 

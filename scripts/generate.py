@@ -53,6 +53,8 @@ def main() -> int:
             writer.write(prompt)
         except KeyboardInterrupt:  # enough of this one
             print()
+        except ConfigError as error:  # a prompt that fills all positions
+            print(error, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,10 @@ def main(words: list[str]) -> int:
         wants_machine = not arguments.table
         if wants_machine and not arguments.machine:
             problems.append("machine: missing; give --machine 8xA100-80GB, or --table for many")
+        for one, others in {"table": ("machine", "growth", "budget", "deadline"), "growth": ("budget", "deadline")}.items():
+            given = [f"--{name}" for name in others if getattr(arguments, name) is not None]
+            if getattr(arguments, one) and given:
+                problems.append(f"{one}: does not go with {' and '.join(given)}; leave one out")
         if arguments.budget is not None and not price:
             problems.append("budget: dollars become hours by --price_per_hour, which is missing")
         if problems:

@@ -51,6 +51,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         problems.append("repo: give --repo USER/NAME, the namespace included")
     if arguments.every is not None and (arguments.every < 1 or arguments.checkpoint is not None or arguments.branch):
         problems.append("every: a number of steps from 1 on, without --checkpoint and --branch")
+    others = ("repo", "public", "private", "branch", "every", "checkpoint", "with_state", "into_existing")
+    if arguments.pending and (given := [name for name in others if getattr(arguments, name) not in (None, False)]):
+        problems.append(f"pending: goes where pretrain.py was told to push; leave out --{', --'.join(given)}")
     if problems:
         raise ConfigError(*problems)
     return arguments

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, field_docs, parse_ranges, to_yaml
-from recipe.parsing import help_text, load_config, parse_config
+from recipe.parsing import PATH_FIELDS, help_text, load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -72,6 +72,12 @@ def test_field_equals_value():
 def test_values_may_begin_with_one_dash_or_after_equals_with_two():
     assert load_config([*STEPS, "--text_column", "-x"]).text_column == "-x"
     assert load_config([*STEPS, "--text_column=--x"]).text_column == "--x"
+
+
+def test_a_tilde_is_the_home_also_where_no_shell_sees_it(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config([str(write("tokenizer: ~/tok\nresume: ~/step\nmax_steps: 1\n")), "--output_dir=~/runs/x"])
+    assert (config.output_dir, config.tokenizer, config.resume) == ("/home/me/runs/x", "/home/me/tok", "/home/me/step")
 
 
 def test_output_dir_follows_the_name_of_the_file(write):
@@ -539,7 +545,8 @@ def random_config(rng: random.Random) -> Config:
         elif typing.get_origin(kind) is typing.Literal:
             values[name] = rng.choice(typing.get_args(kind))
         elif kind is str:
-            values[name] = rng.choice([t for t in TEXTS if t != "null" or len(arms) == 1])
+            home = "~" if name in PATH_FIELDS else None  # which it reads as the path of that
+            values[name] = rng.choice([t for t in TEXTS if (t != "null" or len(arms) == 1) and t != home])
         elif kind is float:
             values[name] = rng.choice([0.0, 1e-8, 6e-4, 1e22, 0.1 + 0.2, rng.random() * 10.0 ** rng.randint(-30, 30)])
         else:

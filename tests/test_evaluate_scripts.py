@@ -175,11 +175,11 @@ def test_a_session_in_a_terminal(models) -> None:
     process = subprocess.Popen(command, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     seen = ""
-    for typed in ("A man is\n", "The dog\n", "\n"):
+    for typed in ("A man is\n", "dog " * 900 + "\n", "The dog\n", "\n"):  # one that leaves no room is told, and no end
         while not seen.endswith("> "):
             seen += os.read(ours, 1000).decode()
         os.write(ours, typed.encode())
         seen += typed
     assert process.wait(timeout=60) == 0
     os.close(ours)
-    assert seen.count("A man is") >= 2 and seen.count("The dog") >= 2
+    assert seen.count("A man is") >= 2 and seen.count("The dog") >= 2 and "Traceback" not in seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -234,6 +235,21 @@ def test_the_outbox_keeps_the_oldest_and_the_newest(trained_run, tmp_path):
     entry = outbox.path / "step-00000010" / "checkpoint"
     assert (entry / "model.safetensors").samefile(source / "model.safetensors")
     assert {p.name for p in entry.iterdir()} == {"MANIFEST.json", "state.json", "model.safetensors"}
+
+
+def test_the_outbox_copies_where_there_are_no_links(trained_run, tmp_path, monkeypatch):
+    from recipe.checkpoint import Checkpoint
+    from recipe.publish.push import Destination
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # as rclone's mounts of buckets do
+
+    monkeypatch.setattr(os, "link", refuse)
+    run = RunFolder(shutil.copytree(trained_run, tmp_path / "run"))
+    source = run.checkpoints / "step-00000010"
+    assert Outbox(run).add_checkpoint(Checkpoint(source, 10), Destination(REPO)) == []
+    kept = run.path / "outbox" / "step-00000010" / "checkpoint" / "model.safetensors"
+    assert kept.read_bytes() == (source / "model.safetensors").read_bytes() and not kept.samefile(source / kept.name)
 
 
 class Clock:

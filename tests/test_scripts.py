@@ -64,6 +64,26 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(words: list[st
         assert done.stderr.splitlines()[-1].split(": error: ")[1].startswith("argument --output: ") and remedy in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words, refused",
+    [
+        ("plan.py configs/gpt2-124m.yaml --table --machine A100-80GB --deadline 2h", "table: does not go with --machine and "),
+        ("plan.py configs/gpt2-124m.yaml --machine A100-80GB --growth 1,8 --budget 5", "growth: does not go with --budget"),
+        (
+            "push.py RUN --pending --repo me/other --public",
+            "pending: goes where pretrain.py was told to push; leave out --repo, ",
+        ),
+    ],
+    ids=lambda words: words.split()[0],
+)
+def test_options_that_do_not_go_together_are_refused(words: str, refused: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    script, *rest = words.replace("RUN", str(tmp_path)).split()
+    command = [sys.executable, str(ROOT / "scripts" / script), *rest]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and refused in done.stderr and not done.stdout
+
+
 def test_a_rank_whose_work_is_done_ends_well_whatever_the_clean_up_does() -> None:
     code = "import atexit, os\nfrom recipe.signals import leave\natexit.register(os.abort)\nprint('done')\nleave(75)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

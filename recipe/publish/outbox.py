@@ -2,7 +2,7 @@
 either side can make lose it.
 
     RUN/outbox/step-00000500/ticket.json        where to
-                             checkpoint/        hard links to the checkpoint's files: they outlive its rotation
+                             checkpoint/        hard links to the checkpoint's files, or copies: they outlive its rotation
               final/ticket.json                 RUN/export is to be pushed
     RUN/push.log                                what became of it
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipe.config import Config, ConfigError, first_line
-from recipe.files import write_json
+from recipe.files import link_or_copy, write_json
 from recipe.publish.contents import STATE_FILES
 from recipe.publish.hub import HubError
 from recipe.publish.push import Destination, push_checkpoint, push_export
@@ -62,14 +62,14 @@ class Outbox:
         """Keep a checkpoint for pushing; the names of older ones that are given up for it.
 
         Raises:
-            OSError: if its files cannot be linked.
+            OSError: if its files can be neither linked nor copied.
         """
         names = STATE_FILES if destination.with_state else ("MANIFEST.json", "model.safetensors", "state.json")
 
         def fill(entry: Path) -> None:
             (entry / "checkpoint").mkdir()
             for name in (name for name in names if (found.path / name).exists()):
-                os.link(found.path / name, entry / "checkpoint" / name)
+                link_or_copy(found.path / name, entry / "checkpoint" / name)
 
         self._add(f"step-{found.step:08d}", found.step, destination, fill)
         # The first is perhaps being pushed.
