@@ -2,15 +2,16 @@
 #
 #   docker build -t gpt2-recipe .
 #   docker run --gpus all --ipc=host -v "$PWD/runs:/recipe/runs" gpt2-recipe \
-#     accelerate launch --config_file configs/accelerate/8xa100-zero1.yaml scripts/pretrain.py configs/gpt2-124m.yaml
+#     bash scripts/supervise.sh configs/accelerate/8xa100-zero1.yaml configs/gpt2-124m.yaml
 #   docker run --rm gpt2-recipe python scripts/pretrain.py --help
 #
-# --ipc=host: NCCL's ranks share memory, of which a container has 64 MB. `docker stop --time 120` leaves time to save.
+# --ipc=host: NCCL's ranks share memory, of which a container has 64 MB. `docker stop --time 120` leaves time to save: the script
+# hands the signal on to the ranks, where `accelerate launch` as a container's first process would not hear it.
 FROM python:3.12-slim-bookworm
 
-# Triton compiles its launchers; git names the commit in environment.json.
+# Triton compiles its launchers; supervise.sh finds the ranks by pkill.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc g++ git \
+    && apt-get install --yes --no-install-recommends gcc g++ procps \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /recipe

@@ -31,11 +31,12 @@ def main(arguments: list[str]) -> int:
     """Run `pretrain.py`.
 
     Returns:
-        the exit code: 0 done, 2 bad configuration or input, 75 stopped by a signal after saving, 1 a fault. Rank 0 writes it to
-        the file that PRETRAIN_EXIT_FILE names, too, for `accelerate launch` makes 1 of all but 0.
+        the exit code: 0 done, 2 bad configuration or input, 75 stopped by a signal after saving, 1 a fault. Rank 0, and every
+        rank with a fault, writes it to the file that PRETRAIN_EXIT_FILE names, too, for `accelerate launch` makes 1 of all but
+        0.
     """
     code = _run(arguments)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or code == EXIT_FAULT:
         note_exit(code)
     return code
 
@@ -44,6 +45,12 @@ def note_exit(code: int) -> None:
     """Tell scripts/supervise.sh, if it has asked, how the process ends."""
     if path := os.environ.get("PRETRAIN_EXIT_FILE"):
         Path(path).write_text(f"{code}\n", encoding="utf-8")
+
+
+def fault_is_noted() -> bool:
+    """Whether another rank of this node has said that it ends with a fault: then the launcher tells the others to stop."""
+    path = Path(os.environ.get("PRETRAIN_EXIT_FILE") or os.devnull)
+    return path.is_file() and path.read_text(encoding="utf-8").strip() == str(EXIT_FAULT)
 
 
 def _run(arguments: list[str]) -> int:
@@ -103,12 +110,20 @@ def _train(config: Config, plan: Plan, folder: RunFolder, rank: int, parent: int
     gc.disable()
 
     def end_without_saving(number: signal.Signals) -> None:
-        if folder.locked and run is not None:
-            folder.status("stopped", EXIT_STOPPED, run.step, plan.tokens_after(run.step), f"signal {number.name}")
+        # A rank that was gone before the signal came is its reason: who starts runs again must not take that for a stop.
+        failed = bool(signals.lost) or fault_is_noted()
+        code, state, at_fault, reason = EXIT_STOPPED, "stopped", 0, f"signal {number.name}"
+        if failed:
+            at_fault = next(iter(signals.lost), -1)  # which has said why itself, if it could
+            code, state, reason = EXIT_FAULT, "failed", f"rank {at_fault} is gone, killed or failed"
+        elif hasattr(run, "watchdog"):
+            run.watchdog.leave()
+        if folder.locked and run is not None and not (failed and (at_fault < 0 or folder.has_ended())):
+            folder.status(state, code, run.step, plan.tokens_after(run.step), reason, at_fault)
         if rank == 0:
-            note_exit(EXIT_STOPPED)
+            note_exit(code)
         print(f"rank {rank} stopped by {number.name}; nothing was left to save", flush=True)
-        os._exit(EXIT_STOPPED)
+        os._exit(code)
 
     signals = StopSignals(end_without_saving)
     follow_the_launcher(parent)

@@ -115,16 +115,9 @@ class Distributed:
             # Waiting in one collective would end with its time-out, in a long download.
             while self.any(future is not None and not future.done()):
                 time.sleep(0.2)
-        error = future.exception() if future else None
-        failed = np.zeros(self.num_ranks, dtype=np.int64)
-        failed[self.rank] = error is not None
-        failed = np.flatnonzero(self.sum(failed))
-        if len(failed) and self.num_ranks > 1:
-            box = [error]
-            dist.broadcast_object_list(box, src=int(failed[0]), group=self._cpu_group)
-            error = box[0]
-        if error is not None:
-            raise error
+        for error in self.gather(future.exception() if future else None):
+            if error is not None:
+                raise error
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of every rank's tensor, on the device."""

@@ -25,9 +25,9 @@ def accelerate_command(accelerate_file: str, ranks: int, script: str, *words: st
     return [*launcher, str(ROOT / "scripts" / script), *words]
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes that a launcher has started, and theirs; Linux. They are in sessions of their own, so that a signal to its
-    group spares them."""
+def children(pid: int) -> list[int]:
+    """The processes that a launcher has started; Linux. They are in sessions of their own, so that a signal to its group spares
+    them."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -35,8 +35,13 @@ def descendants(pid: int) -> list[int]:
         except (OSError, ValueError):
             continue  # it ended while we looked
         if parent == pid:
-            found += [child, *descendants(child)]
+            found.append(child)
     return found
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a launcher has started, and those that they have."""
+    return [one for child in children(pid) for one in (child, *descendants(child))]
 
 
 class Launch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import yaml
 
 from recipe.cli import EXIT_CONFIG, EXIT_FAULT, EXIT_OK, EXIT_STOPPED
 from recipe.config import ConfigError
+from recipe.launches import children
 from recipe.run_folder import RunFolder
 
 DEFAULT_PORT = 29_500
@@ -92,7 +94,7 @@ def run_node(node: Node, accelerate_file: str, script: Path, arguments: list[str
         told = Path(temporary) / "code"
         environment = os.environ | {
             "PRETRAIN_EXIT_FILE": str(told),
-            # The launcher would die of a SIGUSR1 and leave its workers 30 s to save.
+            # For a signal that reaches the launcher past us: it would die of a SIGUSR1, and leave its workers 30 s to save.
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             "PET_SHUTDOWN_TIMEOUT": os.environ.get("PET_SHUTDOWN_TIMEOUT", "120"),
         }
@@ -103,7 +105,7 @@ def run_node(node: Node, accelerate_file: str, script: Path, arguments: list[str
         def pass_on(number: int, _frame: object) -> None:
             if not signalled:  # a second one would end the workers without saving
                 signalled.append(number)
-                launcher.send_signal(signal.SIGTERM)
+                _stop_workers(launcher.pid)
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, pass_on)
@@ -116,6 +118,14 @@ def run_node(node: Node, accelerate_file: str, script: Path, arguments: list[str
     if code in (EXIT_OK, EXIT_CONFIG, EXIT_STOPPED):
         return code
     return EXIT_STOPPED if _newest_step(folder) > before else EXIT_FAULT
+
+
+def _stop_workers(launcher: int) -> None:
+    """Ask the workers to save and stop. All of them do so before the first one ends, whatever time the launcher, which is told
+    itself only while it has none, would leave them."""
+    for pid in children(launcher) or [launcher]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM if pid == launcher else signal.SIGUSR1)
 
 
 def _told_by_the_folder(folder: RunFolder, began: float, seconds: float) -> int:

@@ -15,16 +15,8 @@ from recipe.distributed import Distributed
 
 def gather_rng(distributed: Distributed) -> dict[str, torch.Tensor]:
     """The state of each rank's generators by `rank0.torch`, `rank0.numpy`, `rank0.python` and `rank0.cuda`. Collective."""
-    own = _own_state(distributed)
-    sizes = {name: part.numel() for name, part in own.items()}
-    table = np.zeros((distributed.num_ranks, sum(sizes.values())), dtype=np.int64)
-    table[distributed.rank] = torch.cat(list(own.values())).numpy()
-    every_rank = torch.from_numpy(distributed.sum(table))
-    state = {}
-    for rank, row in enumerate(every_rank):
-        for name, part in zip(sizes, row.split(list(sizes.values())), strict=True):
-            state[f"rank{rank}.{name}"] = part.clone()
-    return state
+    ranks = distributed.gather(_own_state(distributed))
+    return {f"rank{rank}.{name}": part for rank, own in enumerate(ranks) for name, part in own.items()}
 
 
 def restore_rng(state: dict[str, torch.Tensor], distributed: Distributed) -> bool:

@@ -54,12 +54,13 @@ class Saver:
         rng = gather_rng(self._distributed)
         began = time.monotonic()
         self.wait()
+        alone = time.monotonic()  # the save before this one is no part of it
         self._buffers = engine.full_state(self._buffers)
         result = {"step": step, "save_stall_seconds": time.monotonic() - began}
         if not self._distributed.is_main:
             return
-        self._watchdog.writing_since = began
-        arguments = (self._buffers, state, about | self._circumstances(engine), rng, began, result)
+        self._watchdog.writing_since = alone
+        arguments = (self._buffers, state, about | self._circumstances(engine), rng, alone, result)
         # Not a daemon: an interpreter that ends in the ordinary way lets it finish.
         self._thread = threading.Thread(target=self._write, args=arguments, name="save")
         self._thread.start()

@@ -40,12 +40,16 @@ class StopSignals:
     Attributes:
         received: the first of the signals, or None.
         at: when it came, on the monotonic clock.
+        missing: asked then, from the thread, which ranks are gone.
+        lost: what it said.
     """
 
     def __init__(self, end: Callable[[signal.Signals], None]):
         self._end, self._saves, self._in_set_up = end, False, True
         self.received: signal.Signals | None = None
         self.at = 0.0
+        self.missing: Callable[[], list[int]] = list
+        self.lost: list[int] = []
         self._parent = os.getppid()
         self._ignored = False
         self._reader, writer = socket.socketpair()
@@ -83,7 +87,7 @@ class StopSignals:
 
     def _note(self, number: signal.Signals) -> None:
         if self.received is None:
-            self.received, self.at = number, time.monotonic()
+            self.received, self.at, self.lost = number, time.monotonic(), self.missing()
             if not self._saves:
                 # Set-up may be about to end, and then all ranks stop together.
                 timer = threading.Timer(SET_UP_GRACE_S if self._in_set_up else 0, self._end_unless_saving)

@@ -16,12 +16,22 @@ import torch
 
 from recipe.files import read_json_lines, sync_folder
 
+MOST_IN_A_ROW = 16
+"""Spikes in a row after which it is the level of the loss that has changed, and not the text: left out one after another, they
+would keep it there for the rest of the run. It begins a new history."""
+
 
 class SpikeFinder:
-    """The losses of the last `window` accepted steps, oldest first."""
+    """The losses of the last `window` accepted steps, oldest first.
 
-    def __init__(self, window: int, threshold: float, device: torch.device, history: list[float] = ()):
+    Args:
+        history: as `state` gave it.
+        in_a_row: as `in_a_row` gave it.
+    """
+
+    def __init__(self, window: int, threshold: float, device: torch.device, history: list[float] = (), in_a_row: int = 0):
         self._window, self._threshold = window, threshold
+        self._in_a_row = torch.tensor(in_a_row, device=device)
         recent = list(history)[-window:]
         self._losses = torch.tensor([math.nan] * (window - len(recent)) + recent, dtype=torch.float64, device=device)
 
@@ -35,14 +45,24 @@ class SpikeFinder:
         limit = mean + self._threshold * deviation
         return torch.where(count >= max(2, self._window // 4), limit, math.inf).float()
 
-    def accept(self, loss: torch.Tensor, skipped: torch.Tensor) -> None:
-        """Take in the loss of a step, the mean over all ranks, unless it was left out."""
+    def accept(self, loss: torch.Tensor, skipped: torch.Tensor, limit: torch.Tensor | float = math.inf) -> None:
+        """Take in the loss of a step, the mean over all ranks, unless it was left out or lies above the step's `limit`."""
+        spike = loss > limit
         moved = torch.cat([self._losses[1:], loss.reshape(1).double()])
-        self._losses = torch.where((skipped > 0) | ~loss.isfinite(), self._losses, moved)
+        losses = torch.where((skipped > 0) | spike | ~loss.isfinite(), self._losses, moved)
+        in_a_row = torch.where(spike, self._in_a_row + 1, 0)
+        another_level = in_a_row >= MOST_IN_A_ROW
+        self._losses = torch.where(another_level, math.nan, losses)
+        self._in_a_row = torch.where(another_level, 0, in_a_row)
 
     def forget(self) -> None:
         """Begin the history anew: what follows is no more like what was."""
-        self._losses.fill_(math.nan)
+        self._losses = torch.full_like(self._losses, math.nan)
+        self._in_a_row = torch.zeros_like(self._in_a_row)
+
+    def in_a_row(self) -> int:
+        """Spikes up to the last step, for a checkpoint."""
+        return int(self._in_a_row)
 
     def state(self) -> list[float]:
         """The history, oldest first, for a checkpoint."""

@@ -12,6 +12,7 @@ from recipe.config import Config, ConfigError, parse_ranges
 from recipe.data.stream import RowStream
 from recipe.distributed import Distributed
 from recipe.engine import Engine
+from recipe.files import read_json, write_json
 from recipe.inputs import Inputs
 from recipe.model import PretrainingModel
 from recipe.optim.groups import parameter_groups, state_kinds
@@ -57,7 +58,7 @@ class Start:
             self._take(self._find_newest())
         else:
             try:
-                self._take(self._distributed.on_main(checkpoint.verify, Path(resume)))
+                self._take(self._find_since() or self._distributed.on_main(checkpoint.verify, Path(resume)))
             except checkpoint.CheckpointError as error:
                 raise ConfigError(f"resume: {error}") from error
 
@@ -90,6 +91,29 @@ class Start:
                 "output_dir to start afresh"
             )
         return found
+
+    def _find_since(self) -> Checkpoint | None:
+        """The newest checkpoint since the run was continued from the one that `resume` names: schedulers and supervise.sh give
+        the same words again and again, and who goes on does not go back once more. None if it never was, or has saved nothing
+        since."""
+        step = self._distributed.on_main(self._resumed_at)
+        found = self._find_newest() if step is not None else None
+        if found is None or found.step < step:
+            return None
+        self._say(
+            f"{self._config.resume} was taken up already: going on from step {found.step}; to go back to it again, delete "
+            f"{self._folder.resumed}"
+        )
+        return found
+
+    def _resumed_at(self) -> int | None:
+        """The step of the checkpoint that `resume` names, if the run was continued from there by the same words."""
+        noted = read_json(self._folder.resumed)
+        return noted["step"] if noted.get("words") == self._resume_words() else None
+
+    def _resume_words(self) -> list[str | None]:
+        # With other rows left out it is another way to go on.
+        return [str(Path(self._config.resume).absolute()), self._config.skip_rows]
 
     def _take(self, found: Checkpoint | None) -> None:
         self.checkpoint, self.step = found, found.step if found else 0
@@ -138,6 +162,9 @@ class Start:
         if not self.checkpoint:
             return
         config, path, shapes = self._config, self.checkpoint.path, self.checkpoint.shapes()
+        heads = self.state.get("n_head", config.n_head)  # which no shape tells
+        if heads != config.n_head:
+            raise ConfigError(f"n_head: {path} holds a model of {heads} heads, not of {config.n_head}; set n_head {heads}")
         weights = {name: shape for name, shape in shapes.items() if name.startswith("model.")}
         if weights != {f"model.{n.removeprefix('gpt2.')}": p.shape for n, p in model.named_parameters()}:
             raise ConfigError(f"resume: {path} holds another model; give its n_layer, n_embd and n_positions")
@@ -159,15 +186,18 @@ class Start:
         config = self._config
         if config.spike_action == "none":
             return None
-        history = self.state.get("spike_losses", ())
-        return SpikeFinder(config.spike_window, config.spike_threshold, self._distributed.device, history)
+        history, in_a_row = self.state.get("spike_losses", ()), self.state.get("spikes_in_a_row", 0)
+        return SpikeFinder(config.spike_window, config.spike_threshold, self._distributed.device, history, in_a_row)
 
     def settle(self) -> None:
         """Make the checkpoint the newest of the run folder, which is claimed. On rank 0 alone, once it is loaded."""
-        if self.checkpoint and self._config.resume != "auto":
-            self._set_aside(self.checkpoint)
-        if self.checkpoint and is_pulled(self.checkpoint, self._folder):
+        if not self.checkpoint or self._config.resume == "auto":
+            return
+        self._set_aside(self.checkpoint)
+        if is_pulled(self.checkpoint, self._folder):
             keep_pulled(self.checkpoint, self._folder)
+        elif not self._config.resume.startswith("hub:") and self._resumed_at() is None:
+            write_json(self._folder.resumed, {"words": self._resume_words(), "step": self.step})
 
     def _set_aside(self, found: Checkpoint) -> None:
         for path in checkpoint.set_aside(self._folder.checkpoints, found):

@@ -95,15 +95,24 @@ class Watchdog:
             time.sleep(self.interval / 4)
         return {rank: self._describe(rank) for rank, beat in sorted(self.beats.items()) if beat.heard <= began}
 
+    def gone(self) -> list[int]:
+        """Ranks of this host whose process has ended, though not with its work done."""
+        beats = sorted(self.beats.items())
+        return [rank for rank, beat in beats if beat.phase != "done" and beat.host == self._host and has_ended(beat.pid)]
+
     def close(self) -> None:
         """Stop watching: what follows is this rank's own."""
         self._closed.set()
         with contextlib.suppress(OSError):  # wake the thread, which else waits for the next beat
             self._socket.sendto(b"", ("127.0.0.1", self._socket.getsockname()[1]))
         self._thread.join()
-        self.enter("done", self.step)
-        self._send()  # so that the others do not take the end of this process amiss
+        self.leave()
         self._socket.close()
+
+    def leave(self) -> None:
+        """Tell the others that this process is about to end, so that they do not take it amiss."""
+        self.enter("done", self.step)
+        self._send()
 
     def _watch(self) -> None:
         self._socket.settimeout(self.interval)

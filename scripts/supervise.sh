@@ -10,7 +10,7 @@ project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}
 machine=$1
 shift
-export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}  # seconds that the launcher leaves the workers to save, 30 otherwise
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}  # seconds that the launcher leaves workers, from torch 2.13 on; else 30
 
 # Before anything is started, so that a mistake is told once; the last line is the run folder.
 export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
@@ -37,9 +37,9 @@ newest() {  # the step of the newest checkpoint; -1 without one
 }
 
 stopping=0 launcher=
-pass_on() {
+pass_on() {  # to the workers, all of which save before the first one ends: their launcher would kill them after 30 s
   stopping=1
-  [ -z "$launcher" ] || kill -TERM "$launcher" 2>/dev/null
+  [ -z "$launcher" ] || pkill -USR1 -P "$launcher" || kill -TERM "$launcher" 2>/dev/null
 }
 trap pass_on TERM INT USR1
 
@@ -72,16 +72,6 @@ while :; do
   fi
   restarts=$((restarts + 1))
   echo "supervise: the run ended (code ${code:-unknown}); restart $restarts of 3 from step $reached. ${reason:-}" >&2
-  # To go back once was enough.
-  words=()
-  while (($#)); do
-    case $1 in
-      --resume) shift 2 ;;
-      --resume=*) shift ;;
-      *) words+=("$1") && shift ;;
-    esac
-  done
-  set -- "${words[@]}"
   sleep "${SUPERVISE_PAUSE:-5}" &
   wait $!
   ((stopping)) && exit 75

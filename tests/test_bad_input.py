@@ -229,6 +229,11 @@ CASES = {
         "resume",
         ("run/checkpoints/step-00000002",),
     ),
+    "resume with other heads": Case(
+        "--data short --max_epochs 9 --n_head 4 --resume run/checkpoints/step-00000002 --output_dir heads",
+        "n_head",
+        ("run/checkpoints/step-00000002 holds a model of 2 heads, not of 4", "set n_head 2"),
+    ),
     # --- --dry_run refuses the same
     "dry run of a bad batch": Case("--dry_run --batch_tokens 100", "batch_tokens", ("100 is not a multiple of",)),
     "dry run without its tokenizer": Case("--dry_run --tokenizer ./missing", "tokenizer", ("cannot load", "./missing")),

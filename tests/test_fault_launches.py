@@ -136,6 +136,36 @@ def test_a_launcher_dies(accelerate_file: str, number: int, arguments, tmp_path:
     assert_stopped(run)
 
 
+STRUCK_IN_SET_UP = """
+import os, sys
+if "RANK" in os.environ and any(word.endswith("pretrain.py") for word in sys.orig_argv):
+    import time
+    import recipe.start
+    find = recipe.start.Start.find
+    def struck(self):
+        if os.environ["RANK"] == "0":
+            time.sleep(20)  # it does something that no signal interrupts
+        time.sleep(2)
+        {fault}
+    recipe.start.Start.find = struck
+"""
+
+
+@pytest.mark.promise(
+    "A rank that fails before the training is no stop", "`accelerate launch`: an error, and SIGKILL, of a rank in set-up"
+)
+@pytest.mark.parametrize("fault", ["raise OSError('no such device')", "os.kill(os.getpid(), 9)"])
+def test_a_fault_in_set_up(fault: str, arguments, tmp_path: Path) -> None:
+    """The launcher's SIGTERM, which ends the others, comes from it; schedulers start a run again that was stopped."""
+    log, noted = tmp_path / "log", tmp_path / "code"
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(STRUCK_IN_SET_UP.format(fault=fault))
+    path = f"{tmp_path / 'path'}{os.pathsep}{ROOT}"
+    process = start(accelerate_command("2cpu-ddp", *arguments()), log, PRETRAIN_EXIT_FILE=str(noted), PYTHONPATH=path)
+    assert process.wait(60) != 0
+    assert "rank 0 stopped by SIGTERM" in log.read_text() and noted.read_text() == "1\n", log.read_text()
+
+
 @pytest.mark.promise("The rank at fault is named, and the launcher ends", "`accelerate launch`: SIGSTOP of a rank")
 def test_a_frozen_rank(arguments, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"

@@ -18,6 +18,7 @@ from conftest import make_documents, write_fineweb
 from fault_jobs import STEPS, Job, checkpoint_path, hashes, status
 from launch import losses, metrics
 from recipe.checkpoint import CheckpointError, find_newest, verify
+from recipe.files import read_json_lines
 from recipe.tokenizer import train_tokenizer
 from recipe.watchdog import KILLED_S
 
@@ -297,6 +298,27 @@ def test_rewind(bench: Bench, tmp_path: Path) -> None:
     bench.job(folder, "ddp").succeed()
     assert find_newest(folder / "checkpoints")[0].state()["lineage"][0] == 4
     assert hashes(folder, STEPS) == hashes(bench.undisturbed("ddp"), STEPS)
+
+
+@pytest.mark.promise(
+    "Who goes back or branches off does so once: the same command goes on", "SIGKILL before and after the first save"
+)
+def test_resume_path_is_taken_up_once(bench: Bench, tmp_path: Path) -> None:
+    parent, folder = bench.undisturbed("ddp"), tmp_path / "run"
+    words = {"resume": checkpoint_path(parent, 4), "save_every": 4}
+    for call in (3, 6):  # nothing of its own is saved at first: it starts there again
+        job = bench.job(folder, "ddp", faults=[(0, "send", {"number": KILL, "place": "step", "call": call})], **words)
+        assert job.wait()[0] == -KILL and job.fired(0)
+    assert assert_one_valid(folder) == 8
+    job = bench.job(folder, "ddp", **words).succeed()
+    assert "was taken up already: going on from step 8" in job.output()
+    assert [start["step"] for start in read_json_lines(folder / "starts.jsonl")] == [4, 4, 8]
+    assert hashes(folder, STEPS) == hashes(parent, STEPS)
+    assert not list((folder / "checkpoints").glob("superseded-*")), "nothing was thrown away"
+    # Other words are another decision.
+    job = bench.job(folder, "ddp", skip_rows="160-175", **words).succeed()
+    assert [start["step"] for start in read_json_lines(folder / "starts.jsonl")] == [4, 4, 8, 4]
+    assert hashes(folder, STEPS) != hashes(parent, STEPS)
 
 
 # --- signals ------------------------------------------------------------------------------------------------------

@@ -6,16 +6,20 @@ import random
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from recipe import checkpoint
+from recipe.checkpoint import Checkpoint
 from recipe.config import Config
 from recipe.distributed import Distributed
 from recipe.recovery import MAX_ROLLBACKS, Recovery, Rollback, TrainingError
 from recipe.rng import gather_rng, restore_rng
-from recipe.spikes import SkippedRows, SpikeFinder
+from recipe.saving import Saver
+from recipe.spikes import MOST_IN_A_ROW, SkippedRows, SpikeFinder
 from recipe.steps import Step
 from recipe.watchdog import has_ended
 
@@ -81,6 +85,49 @@ def test_the_limit_of_a_spike_by_hand() -> None:
     assert finder.state() == [float(n) for n in range(2, 10)]
     again = SpikeFinder(8, 2.0, torch.device("cpu"), finder.state())
     assert float(again.limit()) == float(finder.limit())
+
+
+def test_another_level_of_the_loss_is_no_spike_for_ever() -> None:
+    """As after an update that has spoiled the weights: every step would be left out, and nothing mend them."""
+    finder, accepted = SpikeFinder(8, 2.0, torch.device("cpu"), [3.0, 3.1] * 4), torch.zeros(())
+    for count in range(1, MOST_IN_A_ROW):
+        finder.accept(torch.tensor(9.0), torch.ones(()), finder.limit())
+        assert finder.in_a_row() == count and float(finder.limit()) < 4
+    again = SpikeFinder(8, 2.0, torch.device("cpu"), finder.state(), finder.in_a_row())
+    for one in (finder, again):
+        one.accept(torch.tensor(9.0), torch.ones(()), one.limit())
+        assert one.state() == [] and one.in_a_row() == 0 and one.limit() == float("inf")
+        one.accept(torch.tensor(9.0), accepted, one.limit())
+        assert one.state() == [9.0]
+    # One that is accepted in between ends the row.
+    finder = SpikeFinder(8, 2.0, torch.device("cpu"), [3.0, 3.1] * 4)
+    for loss in [*[9.0] * (MOST_IN_A_ROW - 1), 3.0, 9.0]:
+        finder.accept(torch.tensor(loss), accepted, finder.limit())
+    assert finder.in_a_row() == 1 and len(finder.state()) == 8
+
+
+def test_a_save_is_not_charged_with_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slow ones behind each other would look to the watchdog like one that hangs."""
+    began: list[float] = []
+
+    def write(folder: Path, *_: object) -> Checkpoint:
+        began.append(watchdog.writing_since)
+        time.sleep(0.5)
+        return Checkpoint(tmp_path, 0)
+
+    monkeypatch.setattr(checkpoint, "save", write)
+    monkeypatch.setattr(checkpoint, "rotate", lambda *_: [])
+    watchdog = SimpleNamespace(writing_since=None)
+    engine = SimpleNamespace(full_state=lambda buffers: buffers, precision="fp32")
+    saver = Saver(tmp_path, Config(), Distributed(), watchdog)
+    for number in (1, 2):
+        saver.save(number, engine, {}, {})
+        if number == 2:
+            assert time.monotonic() - watchdog.writing_since < 0.4
+    saver.wait()
+    first, second = saver.results()
+    assert second["save_stall_seconds"] > 0.3 and max(first["save_seconds"], second["save_seconds"]) < 0.9
+    assert saver.longest < 0.9 and len(began) == 2
 
 
 def test_generators_continue_where_they_were() -> None:

@@ -210,9 +210,9 @@ class RowStream:
         }
 
     def close(self) -> None:
-        """End the threads."""
+        """Let the threads end, without waiting: a read that is retried may take minutes."""
         if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _restore(self, state: dict) -> list[Cursor]:
         theirs, ours = (_before(state["rows"], fingerprint) for fingerprint in (state["fingerprint"], self.fingerprint))
