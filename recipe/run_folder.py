@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import yaml
 
@@ -49,6 +50,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.positions = self.cache / "positions.jsonl"
         self.skipped_rows = path / "skipped_rows.jsonl"
+        self.resumed = path / "resumed.json"
         self.config = path / "config.yaml"
         self._lock: TextIO | None = None
 
@@ -173,6 +175,12 @@ def describe_environment(num_ranks: int, engine: str, precision: str) -> dict:
         "engine": engine,
         "precision": precision,
     }
+
+
+def describe_tokenizer(tokenizer: Any) -> dict:
+    """Which tokens a run is of, as JSON: losses compare, and vocabularies count among the parameters, only by these."""
+    ids = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return {"vocab_size": len(tokenizer), "vocab_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest()}
 
 
 def _commit() -> str | None:

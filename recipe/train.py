@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
+import math
 import os
 import time
 from datetime import timedelta
@@ -36,7 +38,7 @@ from recipe.plan import Plan, flops_per_token, peak_flops
 from recipe.publish.finish import finish_run
 from recipe.publish.outbox import BackgroundPush, check_destination
 from recipe.recovery import Recovery, Rollback, TrainingError
-from recipe.run_folder import RunFolder, describe_environment
+from recipe.run_folder import RunFolder, describe_environment, describe_tokenizer
 from recipe.saving import Saver, check_disk
 from recipe.signals import StopSignals
 from recipe.start import Start
@@ -55,6 +57,8 @@ class Run:
         """Optimizer steps done."""
         self.reporter: Reporter | None = None
         self._recovery = Recovery(config)
+        self._was_spike = False
+        """Whether the last step that was looked at is one."""
         self._compiled: set[int] = set()
         """Lengths of sequences that the model has been compiled for, if it is compiled."""
         self._versions: dict[str, str] = {}
@@ -67,6 +71,7 @@ class Run:
         limit = self.config.watchdog_seconds
         self.distributed = Distributed(max(COLLECTIVE_TIMEOUT, timedelta(seconds=min(2 * limit, 1e6))))
         self.watchdog = Watchdog(self.distributed, limit, self._fail)
+        self.signals.missing = self.watchdog.gone
         self.console = Console(self.distributed.is_main)
         self.saver = Saver(self.folder.checkpoints, self.config, self.distributed, self.watchdog)
         self.stop_reasons = StopReasons(self.config, self._started, self.signals, self.saver, self.distributed)
@@ -186,7 +191,8 @@ class Run:
     def _predicted_memory(self) -> float | None:
         if not self.distributed.cuda:
             return None
-        return predicted_memory(self.config, self.plan.num_processes, self.encoder.vocab_size)
+        settled = dataclasses.replace(self.config, precision=self.precision)
+        return predicted_memory(settled, self.plan.num_processes, self.encoder.vocab_size)
 
     def _begin(self) -> None:
         """Be where the training starts, also when a rollback starts it again."""
@@ -216,7 +222,7 @@ class Run:
             "predicted_memory_gib": self._predicted_memory(),
         }
         text = {"validation_sha256": self.inputs.validation_hash, "text": self.inputs.training.name}
-        self.folder.claim(self.config, environment | settled | text)
+        self.folder.claim(self.config, environment | settled | text | describe_tokenizer(self.inputs.tokenizer))
         record_start(self.folder.path, self.step, environment)
         self.start.settle()
         if self.config.push_to_hub:
@@ -280,7 +286,7 @@ class Run:
         result = self.engine.train_step(micro_batches, values, limit if self.config.spike_action == "skip" else None)
         if self.spikes:
             loss = self.distributed.mean(result.loss.clone())
-            self.spikes.accept(loss, result.skipped + (loss > limit))
+            self.spikes.accept(loss, result.skipped, limit)
             result.limit = limit
         self._compiled.add(length)
         timer.mark()
@@ -305,6 +311,9 @@ class Run:
         for step in steps:
             if step.is_spike:
                 self.say(f"step {step.number} | spike: loss {step.loss:.4f} above {step.limit:.4f}, rows {list(step.rows)}")
+            elif self._was_spike and math.isinf(step.limit):
+                self.say(f"step {step.number} | the loss has found another level, from which spikes count anew")
+            self._was_spike = step.is_spike
         self._record_position(lines[-1]["step"])
         if self.distributed.is_main:
             self.folder.status("running", None, lines[-1]["step"], lines[-1]["tokens"])
@@ -346,7 +355,9 @@ class Run:
             "tokens": self.plan.tokens_after(step),
             "data": self.stream.state(),
             "validation_rows": self.inputs.validation_hash,
+            "n_head": self.config.n_head,
             "spike_losses": self.spikes.state() if self.spikes else [],
+            "spikes_in_a_row": self.spikes.in_a_row() if self.spikes else 0,
             "left_out": self.start.left_out,
             "lineage": self.start.lineage,
             **self.evaluation.state(),

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launch import PRETRAIN, ROOT, TINY, environment, metrics, options
 from recipe.monitor.console import Console
+from recipe.monitor.live import LiveRun
+from recipe.monitor.metrics import WallClock
+from recipe.monitor.run_record import RunRecord
 from recipe.monitor.view import ASCII, HISTORY, UNICODE, LossHistory, View, clip, columns, paint, printable
-from run_helpers import training_record
+from run_helpers import training_record, write_run
 from terminal import PseudoTerminal, screen
 
 BATCH = 524_288
@@ -44,6 +48,32 @@ def test_it_says_all_that_matters():
     assert lines[4:] == [
         "eval     val loss 4.3210 @500 · HellaSwag lm-eval 0.2612 @400", "sample   Once upon a time", "now      training",
     ]  # fmt: skip
+
+
+def test_a_small_evaluation_of_the_same_step_does_not_stand_for_the_whole_one():
+    made = view(500)
+    whole = {"step": 400, "hellaswag_acc_norm": 0.2612, "hellaswag_n": 10_042, "hellaswag_kind": "whole"}
+    made.add([whole, {"step": 400, "hellaswag_acc_norm": 0.5, "hellaswag_n": 64, "hellaswag_kind": "mini"}])
+    assert text(made)[4] == "eval     HellaSwag lm-eval 0.2612 @400"
+    made.add([{"step": 500, "hellaswag_acc_norm": 0.5, "hellaswag_n": 64, "hellaswag_kind": "mini"}])
+    assert text(made)[4] == "eval     HellaSwag lm-eval 0.5000 (64 items of our own) @500"
+
+
+def test_a_sample_is_the_newest_of_where_the_run_is(tmp_path):
+    run = write_run(tmp_path / "run", 60, records=[training_record(step, BATCH) for step in range(1, 31)])
+    for step in (20, 40):
+        sample = {"step": step, "samples": [{"prompt": "The", "continuation": f" one of {step}"}]}
+        (run / "eval" / f"samples-step-{step:08d}.json").write_text(json.dumps(sample))
+    record = RunRecord.read(run)
+    phases = SimpleNamespace(phase="train", step=30)
+    live = LiveRun(record.config, record.plan, run, WallClock(run / "metrics.jsonl", 0.0), phases)
+    live.reload()
+    said = lambda: "\n".join(paint(line, colour=False) for line in live.lines(79, UNICODE))  # noqa: E731
+    assert "one of 20" in said(), "it went back from step 40"
+    phases.phase, phases.step = "sample", 40
+    said()
+    phases.phase = "data"
+    assert "one of 40" in said(), "taken before the records of the last steps are written"
 
 
 def test_speed_mfu_and_wait_are_of_the_same_steps():

@@ -11,13 +11,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch import ROOT, metrics
 from recipe.config import ConfigError
 from recipe.evaluation.references import LLMC_CURVES
 from recipe.monitor.charts import MAX_POINTS, MAX_ROWS, Chart, Series, number, steps_series, ticks
-from recipe.monitor.report import Report, write_report
-from recipe.monitor.run_record import RunRecord
+from recipe.monitor.metrics import format_duration
+from recipe.monitor.report import Report, cost, write_report
+from recipe.monitor.run_record import GPT2_VOCAB_SHA256, RunRecord
 from run_helpers import training_record, write_run
 
 BATCH = 524_288
@@ -248,13 +250,123 @@ def test_evaluations_of_the_export(run: Path) -> None:
         assert f"<td>hellaswag (items.jsonl)</td><td>64</td><td>{metric}</td><td>{value}</td>" in text
 
 
+def test_styles_of_the_exports_evaluations_have_their_own_tables(run: Path) -> None:
+    for task, value in (("hellaswag", 0.3), ("hellaswag_completion", 0.29)):
+        numbers = {"n": 10_042, "acc_norm": value, "acc_norm_stderr": 0.0046, "data": {"name": "Rowan/hellaswag"}}
+        (run / "eval" / f"{task}.json").write_text(json.dumps({"tasks": {task: numbers}, "step": 60}))
+    tables = html(run).partition('id="results"')[2].partition("</section>")[0].split("</table>")
+    harness, completion = (next(t for t in tables if words in t) for words in ("By lm-evaluation-harness", "completion style"))
+    assert "0.3000 ± 0.0046" in harness and "0.2900" not in harness
+    assert "0.2900 ± 0.0046" in completion and "0.3000" not in completion
+
+
+def test_a_later_small_evaluation_does_not_stand_for_the_whole_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 60)
+    with open(run / "metrics.jsonl", "a") as handle:
+        for n, kind, score in ((10_042, "whole", 0.28), (64, "mini", 0.5), (100, "part", 0.4)):
+            line = {"step": 60, "hellaswag_acc_norm": score, "hellaswag_n": n, "hellaswag_kind": kind}
+            handle.write(json.dumps(line) + "\n")
+    page = Page(html(run))
+    assert '<dd>0.2800</dd><dd class="about">acc_norm, 10,042 items</dd>' in page.text
+    figure = page.figures["hellaswag_lm_eval"]
+    assert [(row[3], row[5]) for row in figure["rows"][1:]] == [("0.2800", "10,042"), ("0.4000", "100")]
+    assert "gpt2 0.3114" in figure["title"] and "scores on 64 items of our own are left out" in figure["title"]
+    assert "scores are of 100 items, the references of all 10,042" in figure["title"]
+
+
+@pytest.mark.parametrize("kind, n, own", [("mini", 64, True), ("part", 100, False)])
+def test_a_small_evaluation_alone_says_so(tmp_path: Path, kind: str, n: int, own: bool) -> None:
+    """Of a run whose configuration says nothing of it; our own items are not compared with anything."""
+    run = write_run(tmp_path / "run", 60)
+    with open(run / "metrics.jsonl", "a") as handle:
+        handle.write(json.dumps({"step": 60, "hellaswag_acc_norm": 0.5, "hellaswag_n": n, "hellaswag_kind": kind}) + "\n")
+    page = Page(html(run))
+    title = page.figures["hellaswag_lm_eval"]["title"]
+    assert ("gpt2 0.3114" in title and "the references of all 10,042" in title) != own
+    assert ("no reference compares" in page.text) == own
+    assert f"acc_norm, {n} {'of our own ' * own}items</dd>" in page.text
+
+
+def test_the_real_hellaswag_of_a_quickstart_run_is_not_our_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 60, "--evaluate_data", "mini")
+    scores = {"hellaswag_acc_norm": 0.25, "hellaswag_n": 64}, {"hellaswag_acc_norm": 0.28, "hellaswag_n": 10_042}
+    with open(run / "metrics.jsonl", "a") as handle:  # the first of an older version's loop
+        handle.write(json.dumps({"step": 60, **scores[0]}) + "\n")
+        handle.write(json.dumps({"step": 60, **scores[1], "hellaswag_kind": "whole"}) + "\n")
+    page = Page(html(run))
+    assert "acc_norm, 10,042 items</dd>" in page.text
+    assert "gpt2 0.3114" in page.figures["hellaswag_lm_eval"]["title"]
+
+
+@pytest.mark.parametrize(
+    "known, tokenizer, drawn, millions",
+    [
+        ({}, "openai-community/gpt2", True, "124.4M"),  # an old run
+        ({}, "train:8192", False, "92.1M"),
+        ({"vocab_size": 50_257, "vocab_sha256": GPT2_VOCAB_SHA256}, "copies/gpt2", True, "124.4M"),
+        ({"vocab_size": 50_257, "vocab_sha256": "0" * 64}, "runs/deutsch/export", False, "124.4M"),
+        ({"vocab_size": 8192, "vocab_sha256": "0" * 64}, "openai-community/gpt2", False, "92.1M"),  # of prepared tokens
+    ],
+)
+def test_the_tokens_say_what_compares(tmp_path: Path, known: dict, tokenizer: str, drawn: bool, millions: str) -> None:
+    run = write_run(tmp_path / "run", 60)
+    set_fields(run, "config.yaml", tokenizer=tokenizer)
+    set_fields(run, "environment.json", **known)
+    page = Page(html(run))
+    assert any(row[0].startswith("llm.c") for row in page.figures["loss_tokens"]["rows"]) == drawn
+    assert ("FineWeb in GPT-2's tokens" in page.figures["loss_tokens"]["title"]) != drawn
+    assert f"<dt>Parameters</dt><dd>{millions}</dd>" in page.text
+
+
+def set_fields(run: Path, name: str, **values: object) -> None:
+    fields = yaml.safe_load((run / name).read_text()) | values
+    (run / name).write_text(json.dumps(fields))  # which is YAML, too
+
+
+def start(step: int, ranks: int = 8, device: str = "A100", **lost: float) -> str:
+    fields = {"time": "2026-11-24T12:00:00+00:00", "step": step, "ranks": ranks, "engine": "Zero1Engine", "device": device}
+    return json.dumps(fields | {"lost_steps": 0, "lost_seconds": 0.0} | lost) + "\n"
+
+
+def test_a_branch_counts_its_own_part_alone(tmp_path: Path) -> None:
+    """Steps 801 to 900 of 1,000 are its own: 0.35 s each and a minute before, by the wall clock."""
+    records = [training_record(s, BATCH, wall_seconds=60 + 0.35 * (s - 800)) for s in range(801, 901)]
+    run = write_run(tmp_path / "run", 1000, "--price_per_hour", "36", records=records, state="running")
+    (run / "starts.jsonl").write_text(start(800))
+    rows = [row for row in cost(RunRecord.read(run), None) if row[0].startswith(("a billion", "all", "the whole"))]
+    assert rows == [
+        ["a billion tokens", format_duration(95 * 1e9 / (100 * BATCH)), f"{95 * 1e9 / (100 * BATCH) / 100:,.2f}"],
+        ["all from step 800 on, at the rate so far", "3m10s", "1.90"],
+    ]
+    text = html(run)
+    assert "of a run that branched off another one, its own part alone" in text
+    assert '<dt>Time</dt><dd>1m35s</dd><dd class="about">wall clock, from step 800 on</dd>' in text
+
+
+def test_a_run_on_several_machines_has_no_dollars(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 60, "--price_per_hour", "36")
+    (run / "starts.jsonl").write_text(start(0) + start(50, 1, "H100", lost_steps=2, lost_seconds=0.66))
+    text = html(run)
+    assert "<dt>Money</dt>" not in text and "<td>8 × A100, then 1 × H100</td>" in text
+    assert "a run on several machines has no dollars" in text
+    assert "<dt>Money</dt>" not in html(run, price_per_hour=72)
+    (run / "starts.jsonl").write_text(start(0) + start(50))
+    assert "<dt>Money</dt>" in html(run) and "several machines" not in html(run)
+
+
+def test_samples_from_beyond_where_the_run_went_back_to_are_not_shown(run: Path) -> None:
+    for step in (20, 60, 80):
+        sample = {"step": step, "samples": [{"prompt": "The", "continuation": f" one of {step}", "greedy": ""}]}
+        (run / "eval" / f"samples-step-{step:08d}.json").write_text(json.dumps(sample))
+    text = html(run)
+    assert "one of 20" in text and "one of 60" in text and "one of 80" not in text
+
+
 def test_restarts_skipped_steps_and_money(tmp_path: Path) -> None:
     records = [training_record(step, BATCH, skipped=int(step == 30)) for step in range(1, 61)]
     records[29]["train_loss"] = None
     run = write_run(tmp_path / "run", 60, "--price_per_hour", "36", records=records)
-    start = {"time": "2026-11-24T12:00:00+00:00", "step": 0, "ranks": 8, "engine": "Zero1Engine", "device": "A100"}
-    lines = [start | {"lost_steps": 0, "lost_seconds": 0.0}, start | {"step": 20, "lost_steps": 7, "lost_seconds": 2.5}]
-    (run / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "starts.jsonl").write_text(start(0) + start(20, lost_steps=7, lost_seconds=2.5))
     text = html(run)
     assert '<dt>Restarts</dt><dd>1</dd><dd class="about">7 steps done again</dd>' in text
     assert "2026-11-24 12:00:00 UTC" in text and 'class="mark" d="M32' in text  # 20 of 60 steps, and room behind

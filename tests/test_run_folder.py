@@ -9,11 +9,15 @@ import typing
 import pytest
 import yaml
 
+from launch import ROOT
 from recipe import run_folder
 from recipe.config import NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, to_yaml
 from recipe.files import read_json_lines
+from recipe.monitor.run_record import GPT2_VOCAB_SHA256
 from recipe.parsing import load_config
-from recipe.run_folder import RunFolder, describe_environment
+from recipe.plan import GPT2_VOCAB_SIZE
+from recipe.run_folder import RunFolder, describe_environment, describe_tokenizer
+from recipe.tokenizer import load_tokenizer, train_tokenizer
 
 
 def make_config(**fields) -> Config:
@@ -206,6 +210,23 @@ def test_the_environment_is_described(monkeypatch):
 
     assert environment["versions"]["torch"] == torch.__version__
     assert set(environment["versions"]) <= set(run_folder.PACKAGES)
+
+
+def test_a_tokenizer_is_known_by_its_tokens(trained_run):
+    texts = ["the river runs to the sea"] * 9, ["a stone lies under the old tree"] * 9
+    one, other = (train_tokenizer(t, 270) for t in texts)
+    assert len(one) == len(other) and describe_tokenizer(one) != describe_tokenizer(other)
+    environment = json.loads((trained_run / "environment.json").read_text())
+    found = describe_tokenizer(load_tokenizer(str(trained_run / "cache" / "tokenizer")))
+    assert {name: environment[name] for name in found} == found and found["vocab_size"] == 400
+
+
+def test_the_tokens_of_gpt2_are_known():
+    published = ROOT.parent / "shared" / "data" / "tokenizer"
+    if not (published / "vocab.json").is_file():
+        pytest.skip("needs a copy of GPT-2's tokenizer")
+    known = {"vocab_size": GPT2_VOCAB_SIZE, "vocab_sha256": GPT2_VOCAB_SHA256}
+    assert describe_tokenizer(load_tokenizer(str(published))) == known
 
 
 @pytest.fixture

@@ -673,8 +673,14 @@ def test_close_ends_the_threads(corpus):
     stream = make_stream(corpus, workers=3)
     stream.next_batch(64)
     started = set(threading.enumerate()) - before
+    retried = threading.Event()
+    stream._pool.submit(retried.wait, 20)  # a read of the Hub, say, minutes of which nobody waits for
+    began = time.monotonic()
     stream.close()
-    assert len(started) == 3
+    assert time.monotonic() - began < 5 and len(started) == 3
+    retried.set()
+    for thread in started:
+        thread.join(5)
     assert not any(thread.is_alive() for thread in started)
 
 

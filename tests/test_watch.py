@@ -204,6 +204,17 @@ def test_a_run_that_goes_back_is_read_afresh(tmp_path):
     assert not watched.update()
 
 
+def test_a_sample_from_beyond_where_the_run_went_back_to_is_not_shown(tmp_path):
+    run = write_run(tmp_path / "run", 60, records=records(50), state="running", step=50)
+    for step in (20, 40):
+        sample = {"step": step, "samples": [{"prompt": "The", "continuation": f" one of {step}"}]}
+        (run / "eval" / f"samples-step-{step:08d}.json").write_text(json.dumps(sample))
+    watched = WatchedRun(run)
+    assert watched.update() and watched.view.sample == "The one of 40"
+    MetricsLog(run / "metrics.jsonl", resume_step=30).close()
+    assert watched.update() and watched.view.sample == "The one of 20"
+
+
 def test_a_restart_is_recorded_with_what_it_does_again(tmp_path):
     run = write_run(tmp_path / "run", 60, records=records(50))
     environment = json.loads((run / "environment.json").read_text())

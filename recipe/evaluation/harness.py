@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from recipe.config import ConfigError
 from recipe.distributed import Distributed
 from recipe.evaluation.items import MINI, describe_data, local_files
+from recipe.evaluation.records import data_kind
 
 
 def run_harness(
@@ -84,7 +85,10 @@ def run_harness(
                 **{k.removesuffix(",none"): v for k, v in numbers.items() if isinstance(v, int | float)},
                 "version": results["versions"].get(task),
                 "hash": _task_hash(results["samples"].get(task, ())),
-                "data": describe_data(data, results["configs"].get(task, {}).get("dataset_path")),
+                "data": {
+                    **describe_data(data, results["configs"].get(task, {}).get("dataset_path")),
+                    "kind": data_kind(data, results["n-samples"][task]["effective"], limit),
+                },
             }
             for task, numbers in results["results"].items()
             if task in results["n-samples"]

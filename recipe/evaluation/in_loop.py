@@ -14,6 +14,7 @@ from recipe.distributed import Distributed
 from recipe.engine import Engine
 from recipe.evaluation.hellaswag import HellaSwag
 from recipe.evaluation.metrics import LanguageModelLoss, compute
+from recipe.evaluation.records import data_kind
 from recipe.evaluation.scoring import Interrupted, evaluating, no_reason, training_losses
 from recipe.inputs import Inputs
 from recipe.model import PretrainingModel, continue_text
@@ -30,14 +31,15 @@ class InLoopHellaSwag:
 
     def __init__(self, items: list[dict[str, Any]], tokenizer: Any, config: Config):
         self._set = HellaSwag(items, tokenizer)
+        self._kind = data_kind(config.evaluate_data, len(items), config.hellaswag_items)
         self._max_length = config.n_positions
         self._batch_tokens = min(MAX_BATCH_TOKENS, config.micro_batch_size * config.sequence_length)
 
     def evaluate(
         self, model: PretrainingModel, distributed: Distributed, reason_to_stop: Callable[[], str | None] = no_reason
-    ) -> dict[str, float]:
+    ) -> dict[str, float | str]:
         """The fields of metrics.jsonl: lm-evaluation-harness' style under the plain names, llm.c's under
-        `hellaswag_completion_...`, and how many inputs were cut to the model's positions. Collective.
+        `hellaswag_completion_...`, what they are of, and how many inputs were cut to the model's positions. Collective.
 
         Raises:
             Interrupted: if there is a reason to stop.
@@ -55,6 +57,7 @@ class InLoopHellaSwag:
             "hellaswag_acc": harness["acc"],
             "hellaswag_acc_norm": harness["acc_norm"],
             "hellaswag_n": harness["n"],
+            "hellaswag_kind": self._kind,
             "hellaswag_acc_norm_stderr": harness["acc_norm_stderr"],
             "hellaswag_completion_acc": completion["acc"],
             "hellaswag_completion_acc_norm": completion["acc_norm"],

@@ -19,7 +19,7 @@ from recipe.watchdog import Watchdog
 class Finding(NamedTuple):
     """What an evaluation has found."""
 
-    fields: dict[str, float]
+    fields: dict[str, float | str]
     """Of metrics.jsonl; samples have none."""
     lines: list[str]
     """For the user, on rank 0."""

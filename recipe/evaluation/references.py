@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+HELLASWAG_ITEMS = 10_042
+"""Of HellaSwag's validation set, on which the references were measured."""
+COMPLETION_TASK = "hellaswag_completion"
+"""HellaSwag in llm.c's style: a task of ours beside lm-evaluation-harness'."""
 CHANCE = 0.25
 """HellaSwag has four endings an item."""
 _LLMC = "https://github.com/karpathy/llm.c/blob/master/dev/data/hellaswag.py"
@@ -16,7 +20,7 @@ _LEADERBOARD = "https://huggingface.co/spaces/HuggingFaceH4/open_llm_leaderboard
 
 
 class Reference(NamedTuple):
-    """HellaSwag of a model on the 10,042 validation items."""
+    """HellaSwag of a model on all validation items."""
 
     model: str
     parameters: int

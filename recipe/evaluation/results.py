@@ -10,7 +10,9 @@ from typing import Any
 
 from recipe.config import ConfigError, first_line
 from recipe.distributed import Distributed
-from recipe.evaluation.suite import COMPLETION_TASK, evaluate
+from recipe.evaluation.records import KINDS, metrics_of, read_results
+from recipe.evaluation.references import COMPLETION_TASK
+from recipe.evaluation.suite import evaluate
 from recipe.files import read_json_lines, write_json
 from recipe.monitor.metrics import MetricsLog
 from recipe.run_folder import RunFolder, model_of
@@ -36,16 +38,23 @@ def results_of(model: str, tasks: list[str], data: str | None, limit: int | None
 
 
 def record_results(folder: RunFolder, results: dict, step: int, say: Callable[[str], None]) -> None:
-    """Write eval/<task>.json for each task and, for HellaSwag, the line of metrics.jsonl; print the numbers."""
+    """Write eval/<task>.json for each task and, for HellaSwag, the line of metrics.jsonl; print the numbers.
+
+    What is of a lesser kind than the results that are there goes to eval/<task>-<kind>.json instead.
+    """
+    known = read_results(folder.evaluation)
     for task, numbers in results["tasks"].items():
+        kind = numbers["data"]["kind"]
+        kept = [record["tasks"][task]["data"]["kind"] for record in known if task in record["tasks"]]
+        name = task if all(KINDS.index(kind) <= KINDS.index(other) for other in kept) else f"{task}-{kind}"
         items = {task: results["items"].get(task, [])}
-        write_json(folder.evaluation / f"{task}.json", {**results, "tasks": {task: numbers}, "items": items, "step": step})
+        write_json(folder.evaluation / f"{name}.json", {**results, "tasks": {task: numbers}, "items": items, "step": step})
     for task in ("hellaswag", COMPLETION_TASK):
         if task not in results["tasks"]:
             continue
         numbers = results["tasks"][task]
-        record = {"step": step, "hellaswag_n": numbers["n"]}
-        record |= {f"{task}_{name}": numbers[name] for name in ("acc", "acc_norm", "acc_norm_stderr")}
+        record = {"step": step, "hellaswag_n": numbers["n"], "hellaswag_kind": numbers["data"]["kind"]}
+        record |= {f"{task}_{name}": numbers[name] for name in ("acc", "acc_norm", "acc_norm_stderr") if name in numbers}
         if record not in read_json_lines(folder.metrics):
             log = MetricsLog(folder.metrics)
             log.write([record])
@@ -56,7 +65,7 @@ def record_results(folder: RunFolder, results: dict, step: int, say: Callable[[s
 def print_results(results: dict, say: Callable[[str], None]) -> None:
     """A line per task, and the command that gives the same numbers."""
     for task, numbers in results["tasks"].items():
-        shown = "  ".join(f"{k} {v:.4f} ± {numbers[f'{k}_stderr']:.4f}" for k, v in numbers.items() if f"{k}_stderr" in numbers)
+        shown = "  ".join(f"{name} {value}" for name, value in metrics_of(numbers))
         say(f"{task} ({numbers['n']} items): {shown}")
     if results["truncated"]:
         say(f"warning: {results['truncated']} inputs were longer than the model's positions and were cut")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -19,10 +20,9 @@ from recipe.evaluation.harness import run_harness
 from recipe.evaluation.hellaswag import HellaSwag, Scores
 from recipe.evaluation.items import describe_data, read_items
 from recipe.evaluation.metrics import choose
+from recipe.evaluation.records import data_kind
+from recipe.evaluation.references import COMPLETION_TASK
 from recipe.evaluation.scoring import causal_losses, evaluating
-
-COMPLETION_TASK = "hellaswag_completion"
-"""A task of ours beside the harness': the same items in llm.c's style."""
 
 
 def evaluate(
@@ -48,7 +48,10 @@ def evaluate(
     if COMPLETION_TASK in tasks:
         scores = _score_completion(model, tokenizer, data, limit, batch_size, distributed)
         if results is not None:
-            results["tasks"][COMPLETION_TASK] = scores.metrics() | {"data": describe_data(data)}
+            # As of the harness' tasks, a standard error that a single item does not have is left out.
+            numbers = {name: value for name, value in scores.metrics().items() if not math.isnan(value)}
+            of = describe_data(data) | {"kind": data_kind(data, len(scores.labels), limit)}
+            results["tasks"][COMPLETION_TASK] = numbers | {"data": of}
             results["items"][COMPLETION_TASK] = _per_item(scores)
             results["truncated"] += scores.truncated
     if not distributed.is_main:

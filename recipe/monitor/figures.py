@@ -5,34 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from recipe.config import FINEWEB
-from recipe.evaluation.references import CHANCE, LLMC_BATCH_TOKENS, LLMC_CURVES, LLMC_SOURCE, Reference, references
+from recipe.evaluation.references import (
+    CHANCE,
+    HELLASWAG_ITEMS,
+    LLMC_BATCH_TOKENS,
+    LLMC_CURVES,
+    LLMC_SOURCE,
+    Reference,
+    references,
+)
 from recipe.monitor.charts import Chart, Series, every_nth, number, steps_series, time_unit
 from recipe.monitor.run_record import RunRecord
-from recipe.plan import GPT2_VOCAB_SIZE, count_parameters
 
 LLMC_HOURS = 1.5
 """Of llm.c's 124M on 8 A100s, by the title of LLMC_SOURCE."""
 LLMC_MACHINE = "8×A100"
-HELLASWAG_ITEMS = 10_042
 SIZE_RATIO = 3
 """A model is compared with published ones of at most this many times as many or as few parameters."""
-
-
-def parameters(run: RunRecord) -> int:
-    """Of the model, with GPT-2's vocabulary unless the run trains its own."""
-    name = run.config.tokenizer
-    return count_parameters(run.config, int(name.removeprefix("train:")) if name.startswith("train:") else GPT2_VOCAB_SIZE)
-
-
-def is_fineweb(run: RunRecord) -> bool:
-    """Whether the validation loss is comparable with llm.c's: FineWeb's text in GPT-2's tokens."""
-    text = run.environment.get("text") or run.config.data
-    return (
-        run.config.validation_data is None
-        and str(text).startswith(FINEWEB.partition(":")[0])
-        and not run.config.tokenizer.startswith("train:")
-    )
 
 
 class Figures:
@@ -44,7 +33,7 @@ class Figures:
 
     def __init__(self, runs: list[RunRecord], names: list[str], llmc: bool = False):
         self.runs, self.names = runs, names
-        self._llmc = llmc or all(is_fineweb(run) for run in runs)
+        self._llmc = llmc or all(run.is_fineweb for run in runs)
         self._scale, self._unit = time_unit(max(run.seconds for run in runs))
         self._wall = all(run.has_wall_clock for run in runs)
         """One clock for all runs: where the wall clock of one is unknown, the time of the training steps counts."""
@@ -134,7 +123,9 @@ class Figures:
 
     def _add_llmc(self, chart: Chart, unit: str) -> None:
         if not self._llmc:
-            chart.notes.append("llm.c's curves are left out: they are of FineWeb, and losses of other texts do not compare.")
+            chart.notes.append(
+                "llm.c's curves are left out: they are of FineWeb in GPT-2's tokens, and losses of other texts do not compare."
+            )
             return
         for machine, points in LLMC_CURVES.items():
             if unit == "tokens":
@@ -158,15 +149,12 @@ class Figures:
         title, name = f"HellaSwag acc_norm, {style} style", f"hellaswag_{style.replace('-', '_')}"
         chart = Chart(name, title, "tokens", "acc_norm", "tokens", "{:.3f}")
         chart.header = ["run", "step", "tokens", "acc_norm", "standard error", "items"]
-        mini = all(run.is_mini for run in self.runs if run.having(field))
+        kinds = {kind for run in self.runs for kind, _ in run.scores(field)}
         for n, run in enumerate(self.runs):
-            records = run.having(field)
-            if records and run.is_mini and not mini:
-                chart.notes.append(f"{self.names[n]} is left out: it was scored on other items.")
-                continue
-            counts = list(dict.fromkeys(r.get("hellaswag_n", HELLASWAG_ITEMS) for r in records))
-            for items in counts:  # in the loop and at the end they may differ, and their numbers with them
-                scored = [r for r in records if r.get("hellaswag_n", HELLASWAG_ITEMS) == items]
+            for (kind, items), scored in run.scores(field).items():
+                if kind == "mini" and len(kinds) > 1:
+                    chart.notes.append(f"Of {self.names[n]} scores on {items:,} items of our own are left out.")
+                    continue
                 x, y = [run.tokens_at(r) for r in scored], [r[field] for r in scored]
                 # The harness writes its standard errors to eval/; this is its formula but for a factor of 1 - 1/2n.
                 errors = [r.get(stderr) or (v * (1 - v) / items) ** 0.5 for r, v in zip(scored, y, strict=True)]
@@ -176,13 +164,14 @@ class Figures:
                     [self.names[n], f"{r['step']:,}", f"{at:,}", _cell(v), _cell(e), f"{items:,}"]
                     for r, at, v, e in zip(scored, x, y, errors, strict=True)
                 ]
-            if any(items != HELLASWAG_ITEMS for items in counts) and not run.is_mini:
-                chart.notes.append(f"Of {self.names[n]} only the first of HellaSwag's {HELLASWAG_ITEMS:,} items were scored.")
+                if kind == "part":
+                    about = f"Of {self.names[n]} scores are of {items:,} items, the references of all {HELLASWAG_ITEMS:,}."
+                    chart.notes.append(about)
         if not chart.series:
             return None
         chart.levels = [("chance", CHANCE)]
         chart.notes.append("Bars are one standard error.")
-        if not mini:
+        if kinds != {"mini"}:
             near = self._references(style)
             chart.levels += [(f"OpenAI's {r.model} {r.acc_norm:.4f}", r.acc_norm) for r in near]
             chart.notes.append(f"OpenAI's figures, in this style, from {', '.join(dict.fromkeys(r.source for r in near))}.")
@@ -193,7 +182,7 @@ class Figures:
         return chart.fit()
 
     def _references(self, style: str) -> list[Reference]:
-        sizes = [parameters(run) for run in self.runs]
+        sizes = [run.parameters for run in self.runs]
         known: list[Reference] = [r for r in references(style) if r.acc_norm is not None]
         near = [r for r in known if any(1 / SIZE_RATIO <= r.parameters / size <= SIZE_RATIO for size in sizes)] or known[:1]
         return near

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from recipe.config import Config
 from recipe.files import read_json, read_json_lines
 from recipe.monitor.metrics import WallClock, format_duration
+from recipe.monitor.run_record import sample_files
 from recipe.monitor.view import Glyphs, Line, View
 from recipe.plan import Plan
 
@@ -20,9 +21,10 @@ ACTIVITIES = {
 
 
 class Phases(Protocol):
-    """What the run is doing: recipe.watchdog.Watchdog."""
+    """What the run is doing, and at which step: recipe.watchdog.Watchdog."""
 
     phase: str
+    step: int
 
 
 class LiveRun:
@@ -41,6 +43,7 @@ class LiveRun:
         """Start from what metrics.jsonl says, which has been cut back to where the run continues."""
         self._view = new_view(self._run, self._config, self._plan)
         self._view.add(read_json_lines(self._run / "metrics.jsonl"))
+        self._view.sample = newest_sample(self._run, self._view.step)
 
     def lines(self, width: int, glyphs: Glyphs, over: bool = False) -> list[Line]:
         """The view now, or after the training is over."""
@@ -49,7 +52,7 @@ class LiveRun:
         doing = ACTIVITIES.get(self._phases.phase, self._phases.phase)
         if doing != self._doing:
             if self._doing == ACTIVITIES["sample"]:
-                self._view.sample = newest_sample(self._run)
+                self._view.sample = newest_sample(self._run, self._phases.step)
             self._doing, self._since = doing, time.monotonic()
         waited = time.monotonic() - self._since
         activity = doing if doing == "training" or waited < 2 else f"{doing}, for {format_duration(waited)}"
@@ -57,14 +60,14 @@ class LiveRun:
 
 
 def new_view(run: Path, config: Config, plan: Plan | None) -> View:
-    """The view of a run before its records; without a plan it cannot say how much is left."""
+    """The view of a run before its records and samples; without a plan it cannot say how much is left."""
     steps, tokens = (plan.max_steps, plan.total_tokens) if plan else (0, 0)
     memory = read_json(run / "environment.json").get("hardware", {}).get("gpu_memory_gib")
-    return View(run.resolve().name, steps, tokens, config.price_per_hour, memory, newest_sample(run))
+    return View(run.resolve().name, steps, tokens, config.price_per_hour, memory, config.evaluate_data)
 
 
-def newest_sample(run: Path) -> str:
-    """The first prompt's continuation in the newest samples; empty if there are none."""
-    paths = sorted((run / "eval").glob("samples-step-*.json"))
+def newest_sample(run: Path, step: int) -> str:
+    """The first prompt's continuation in the newest samples up to a step; empty if there are none."""
+    paths = sample_files(run, step)
     samples = read_json(paths[-1]).get("samples", []) if paths else []
     return f"{samples[0]['prompt']}{samples[0]['continuation']}" if samples else ""

@@ -13,12 +13,14 @@ from statistics import mean, median
 from typing import Any
 
 from recipe.config import ConfigError, config_fields
+from recipe.evaluation.records import metrics_of, scored_items, scores_kind, task_label
+from recipe.evaluation.references import COMPLETION_TASK
 from recipe.files import write_text
 from recipe.monitor import page, png
 from recipe.monitor.charts import number
-from recipe.monitor.figures import Figures, parameters
+from recipe.monitor.figures import Figures
 from recipe.monitor.metrics import format_duration
-from recipe.monitor.run_record import RunRecord, device_name
+from recipe.monitor.run_record import RunRecord
 
 PLOTS = "plots"
 """The folder of the PNG files, beside report.html."""
@@ -91,7 +93,7 @@ class Report:
             page.section("Differences", *self._differences(), name="differences"),
             page.section("Loss", _grid(self._losses, wide=True), name="loss"),
             page.section("HellaSwag", _grid(self._hellaswag), name="hellaswag"),
-            page.section("Evaluations of the export", self._results(), name="results"),
+            page.section("Evaluations of the export", *self._results(), name="results"),
             page.section("Training", _grid(self._training), name="training"),
             page.section("Starts, skipped steps and saves", *self._events(), name="events"),
             page.section("Time and money", self._cost(), name="cost"),
@@ -136,21 +138,20 @@ class Report:
             rows.append([f"{tokens:,}", f"{first:.4f}", *(f"{v:.4f} ({v - first:+.4f})" for v in others)])
         return page.table(["tokens", *self.names], rows, "Validation loss after equally many tokens, and against the first run")
 
-    def _results(self) -> str:
-        rows = []
+    def _results(self) -> list[str]:
+        """A table for each style of scoring: on the same weights they differ."""
+        harness, completion = [], []
         for run, name in zip(self.runs, self.names, strict=True):
             for record in run.results:
                 for task, numbers in record["tasks"].items():
-                    data = numbers.get("data", {})
-                    of = f"{task} ({data['name']})" if "sha256" in data else task  # a copy, or items of one's own
-                    rows += [
-                        [name, of, f"{numbers.get('n', 0):,}", metric, f"{value:.4f} ± {numbers[f'{metric}_stderr']:.4f}"]
-                        for metric, value in numbers.items()
-                        if isinstance(numbers.get(f"{metric}_stderr"), float)
-                    ]
-        return page.table(
-            ["run", "task", "items", "metric", "value"], rows, "By lm-evaluation-harness; ± is one standard error"
-        )
+                    of, items = task_label(task, numbers["data"]), f"{numbers.get('n', 0):,}"
+                    rows = completion if task == COMPLETION_TASK else harness
+                    rows += [[name, of, items, metric, value] for metric, value in metrics_of(numbers)]
+        header, error = ["run", "task", "items", "metric", "value"], "; ± is one standard error"
+        return [
+            page.table(header, harness, f"By lm-evaluation-harness{error}"),
+            page.table(header, completion, f"In llm.c's completion style, which compares with no other{error}"),
+        ]
 
     def _events(self) -> list[str]:
         starts, skipped, saves = [], [], []
@@ -244,7 +245,7 @@ def summary(run: RunRecord, price_per_hour: float | None) -> list[tuple[str, str
     best = min(validation, key=lambda r: r["val_loss"]) if validation else {}
     end = validation[-1] if validation else {}
     items = [
-        ("Parameters", f"{parameters(run) / 1e6:,.1f}M", f"{run.config.n_layer} layers, width {run.config.n_embd}"),
+        ("Parameters", f"{run.parameters / 1e6:,.1f}M", f"{run.config.n_layer} layers, width {run.config.n_embd}"),
         ("Tokens", number(last["tokens"], "tokens") if last else "", steps),
         ("Validation loss", f"{end['val_loss']:.4f}" if end else "", f"at step {end['step']:,}" if end else ""),
         ("Best", f"{best['val_loss']:.4f}" if best and best is not end else "", f"at step {best['step']:,}" if best else ""),
@@ -254,20 +255,23 @@ def summary(run: RunRecord, price_per_hour: float | None) -> list[tuple[str, str
     else:
         items.append(("Bits a byte", "", ""))
     for style, field in (("lm-eval", "hellaswag_acc_norm"), ("completion", "hellaswag_completion_acc_norm")):
-        scores = run.having(field)
-        about = f"acc_norm, {scores[-1].get('hellaswag_n', 0):,} {'of our own ' * run.is_mini}items" if scores else ""
-        items.append((f"HellaSwag, {style}", f"{scores[-1][field]:.4f}" if scores else "", about))
+        scores = run.newest_scores(field)
+        own = "of our own " if scores and scores_kind(scores, run.config.evaluate_data) == "mini" else ""
+        about = f"acc_norm, {scored_items(scores):,} {own}items" if scores else ""
+        items.append((f"HellaSwag, {style}", f"{scores[field]:.4f}" if scores else "", about))
     speeds = [r["tokens_per_second"] for r in training]
     shares = [(r["mfu"], r["step_seconds"]) for r in training if r.get("mfu") is not None]
     seconds = sum(r["step_seconds"] for r in training)
     waited = sum(r["data_wait_fraction"] * r["step_seconds"] for r in training)
     memory = [r["gpu_memory_gib"] for r in training if r.get("gpu_memory_gib") is not None]
+    clock = "wall clock" if run.has_wall_clock else "of training steps"
+    own = f", from step {run.begun_at:,} on" if run.begun_at else ""
     items += [
         ("Speed", f"{number(median(speeds), 'tokens')} tok/s" if speeds else "", "median of the steps"),
         ("MFU", f"{median(m for m, _ in shares):.1%}" if shares else "", "causal, median"),
         ("Waiting for data", f"{waited / seconds:.2%}" if seconds else "", "of the steps' time"),
         ("GPU memory", f"{max(memory):.1f} GiB" if memory else "", "peak of rank 0"),
-        ("Time", format_duration(run.seconds) if training else "", "wall clock" if run.has_wall_clock else "of training steps"),
+        ("Time", format_duration(run.seconds) if training else "", f"{clock}{own}"),
         ("Money", "" if dollars is None else f"${dollars:,.2f}", "so far" if run.state() == "running" else ""),
         ("Skipped steps", f"{sum(r['skipped'] for r in training):,}" if training else "", ""),
         ("Restarts", f"{len(run.starts) - 1:,}" if run.starts else "", f"{lost:,} steps done again" if lost else ""),
@@ -290,10 +294,12 @@ def cost(run: RunRecord, price_per_hour: float | None) -> list[list[str]]:
     if run.has_wall_clock:
         rows += [row("steps that were lost", lost)] if lost else []
         rows += [row("set-up, evaluations, saves, rest", max(0.0, run.seconds - steps - lost)), row("in all", run.seconds)]
-    tokens = run.training[-1]["tokens"]
+    tokens = run.own_tokens
     rows.append(row("a billion tokens", run.seconds * 1e9 / tokens))
-    if run.plan and tokens < run.plan.total_tokens:
-        rows.append(row("the whole run, at the rate so far", run.seconds * run.plan.total_tokens / tokens))
+    left = run.plan.total_tokens - run.training[-1]["tokens"] if run.plan else 0
+    if left > 0:
+        whole = f"all from step {run.begun_at:,} on" if run.begun_at else "the whole run"
+        rows.append(row(f"{whole}, at the rate so far", run.seconds * (tokens + left) / tokens))
     return rows
 
 
@@ -303,6 +309,10 @@ def _cost_caption(runs: list[RunRecord]) -> str:
         caption += "; of runs whose records have no wall clock, training steps alone"
     if all(run.config.price_per_hour is None for run in runs):
         caption += "; dollars need price_per_hour"
+    if any(len(run.machines) > 1 for run in runs):
+        caption += "; a run on several machines has no dollars, since one price cannot fit them"
+    if any(run.begun_at for run in runs):
+        caption += "; of a run that branched off another one, its own part alone"
     return caption
 
 
@@ -332,7 +342,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         return {}
     facts = {
         "command": " ".join(environment.get("command", [])),
-        "machine": f"{run.ranks} × {device_name(environment)}",
+        "machine": run.machine,
         **{key: _text(environment[key]) for key in ("engine", "precision", "text", "commit", "python") if key in environment},
         **{name: _text(value) for name, value in environment.get("hardware", {}).items()},
         **environment.get("versions", {}),

@@ -15,12 +15,15 @@ from typing import Any
 
 import yaml
 
-from recipe.config import Config, ConfigError
+from recipe.config import FINEWEB, Config, ConfigError
+from recipe.evaluation.records import precedence, read_results, scored_items, scores_kind
 from recipe.files import read_json, read_json_lines
 from recipe.parsing import parse_config
-from recipe.plan import Plan, make_plan
+from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters, make_plan
 
 STARTS = "starts.jsonl"
+GPT2_VOCAB_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
+"""Of GPT-2's tokens, as recipe.run_folder.describe_tokenizer has it."""
 
 
 def record_start(run: Path, step: int, environment: dict[str, Any]) -> None:
@@ -46,6 +49,11 @@ def device_name(environment: dict[str, Any]) -> str:
     """`NVIDIA H100 80GB HBM3`, or `CPU (2 cores)`."""
     hardware = environment.get("hardware", {})
     return hardware.get("gpu") or f"CPU ({hardware.get('cores', '?')} cores)"
+
+
+def sample_files(run: Path, step: int) -> list[Path]:
+    """eval/samples-step-*.json up to a step, the newest last: later ones are of steps that the run went back from."""
+    return [p for p in sorted((run / "eval").glob("samples-step-*.json")) if int(p.stem.rpartition("-")[2]) <= step]
 
 
 @dataclass
@@ -91,6 +99,21 @@ class RunRecord:
         except (ConfigError, ZeroDivisionError, TypeError):
             return None
 
+    @property
+    def parameters(self) -> int:
+        """Of the model; of an older run, which does not know its vocabulary, with GPT-2's unless it trains its own."""
+        name = self.config.tokenizer
+        assumed = int(name.removeprefix("train:")) if name.startswith("train:") else GPT2_VOCAB_SIZE
+        return count_parameters(self.config, self.environment.get("vocab_size", assumed))
+
+    @property
+    def is_fineweb(self) -> bool:
+        """Whether the losses compare with llm.c's: of FineWeb's text in GPT-2's tokens."""
+        text = str(self.environment.get("text") or self.config.data).partition(":")[0].partition("@")[0]
+        known = self.environment.get("vocab_sha256")
+        gpt2 = known == GPT2_VOCAB_SHA256 if known else not self.config.tokenizer.startswith("train:")
+        return gpt2 and self.config.validation_data is None and text == FINEWEB.partition(":")[0]
+
     def having(self, name: str) -> list[dict[str, Any]]:
         """The records with a number in the field `name`, in the order of their steps."""
         return sorted((r for r in self.records if r.get(name) is not None), key=lambda r: r["step"])
@@ -99,6 +122,37 @@ class RunRecord:
     def training(self) -> list[dict[str, Any]]:
         """The record of each step."""
         return sorted((r for r in self.records if "train_loss" in r), key=lambda r: r["step"])
+
+    @property
+    def begun_at(self) -> int:
+        """The step that the folder's own records follow: above 0 if the run branched off another one's checkpoint."""
+        return self.training[0]["step"] - 1 if self.training else 0
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of the steps that the folder has records of, whose time is known."""
+        if not self.training:
+            return 0
+        first, last = self.training[0]["tokens"], self.training[-1]["tokens"]
+        before = self.plan.tokens_after(self.begun_at) if self.plan else max(0, first - self.config.batch_tokens)
+        return last - before
+
+    @cached_property
+    def machines(self) -> list[tuple[int, str]]:
+        """Ranks and device of the starts that trained a step up to the last record, kept or lost, each machine once; 0 ranks of
+        what is not known, because the first steps came with the training state from the Hub."""
+        last = self._steps[-1] if self.training else 0
+        reached = [later["step"] + later["lost_steps"] for later in self.starts[1:]] + [last]
+        trained = [s for s, end in zip(self.starts, reached, strict=False) if s["step"] < min(end, last)]
+        found = [(s["ranks"], s["device"]) for s in trained]
+        if trained and trained[0]["step"] > self.begun_at:
+            found.insert(0, (0, "another machine"))
+        return list(dict.fromkeys(found)) or [(self.ranks, device_name(self.environment))]
+
+    @property
+    def machine(self) -> str:
+        """The machines in words."""
+        return ", then ".join(f"{ranks} × {device}" if ranks else device for ranks, device in self.machines)
 
     def tokens_at(self, record: dict[str, Any]) -> int:
         """Tokens trained when a record was written; those of older runs lack them in some records."""
@@ -147,23 +201,32 @@ class RunRecord:
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """What eval/samples-step-*.json hold, by step."""
-        return [r for p in sorted((self.path / "eval").glob("samples-step-*.json")) if (r := read_json(p))]
+        """What eval/samples-step-*.json hold, by step, up to where the run is."""
+        last = max((r["step"] for r in self.records), default=0)
+        return [r for p in sample_files(self.path, last) if (r := read_json(p))]
 
     @cached_property
     def results(self) -> list[dict[str, Any]]:
         """What the evaluations at the end have written, a task each."""
-        found = [read_json(p) for p in sorted((self.path / "eval").glob("*.json"))]
-        return [r for r in found if "tasks" in r]
+        return read_results(self.path / "eval")
 
-    @property
-    def is_mini(self) -> bool:
-        """Whether its HellaSwag is the package's 64 items, whose numbers are no HellaSwag."""
-        return self.config.evaluate_data == "mini"
+    def newest_scores(self, name: str) -> dict[str, Any]:
+        """The record whose HellaSwag in the field `name` stands for the run; empty without any."""
+        last_first = reversed(self.having(name))
+        return max(last_first, key=lambda r: precedence(r, self.config.evaluate_data), default={})
+
+    def scores(self, name: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
+        """The records with HellaSwag in the field `name` by the kind and number of their items: in the loop and at the end they
+        may differ, and the numbers with them."""
+        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for r in self.having(name):
+            found.setdefault((scores_kind(r, self.config.evaluate_data), scored_items(r)), []).append(r)
+        return found
 
     def dollars(self, seconds: float, price_per_hour: float | None = None) -> float | None:
+        """None without a price, and for a run on several machines, which one price cannot fit."""
         price = self.config.price_per_hour if price_per_hour is None else price_per_hour
-        return None if price is None else price * seconds / 3600
+        return None if price is None or len(self.machines) > 1 else price * seconds / 3600
 
     def state(self) -> str:
         """running, finished, stopped, failed; `gone` if the run has not said how it ended and no process trains; `starting`

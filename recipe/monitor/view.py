@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from recipe.evaluation.records import COMPARABLE, precedence, scored_items, scores_kind
 from recipe.monitor.metrics import format_duration
 
 Line = list[tuple[str, str]]
@@ -76,6 +77,8 @@ class View:
     """Dollars for the whole machine."""
     gpu_memory_gib: float | None = None
     """Of one GPU, if there are any."""
+    evaluate_data: str | None = None
+    """The run's, by which records of old runs tell what they are of."""
     sample: str = ""
     last: dict[str, Any] = field(default_factory=dict)
     """The newest record of a step."""
@@ -97,9 +100,19 @@ class View:
                 if "wall_seconds" not in record:
                     self.wall_seconds += record["step_seconds"]
             self.wall_seconds = max(self.wall_seconds, record.get("wall_seconds", 0.0))
-            for name in ("val_loss", "hellaswag_acc_norm"):
-                if record.get(name) is not None:
-                    self._evaluations[name] = record
+            if record.get("val_loss") is not None:
+                self._evaluations["val_loss"] = record
+            if record.get("hellaswag_acc_norm") is not None and not self._is_superseded(record):
+                self._evaluations["hellaswag_acc_norm"] = record
+
+    def _is_superseded(self, record: dict[str, Any]) -> bool:
+        known = self._evaluations.get("hellaswag_acc_norm")
+        return known is not None and precedence(record, self.evaluate_data) < precedence(known, self.evaluate_data)
+
+    @property
+    def step(self) -> int:
+        """The last one."""
+        return self.last.get("step", 0)
 
     @property
     def seconds_left(self) -> float | None:
@@ -141,7 +154,7 @@ class View:
         return [clip(line, width, glyphs.ellipsis) for line in lines]
 
     def _progress(self, width: int, glyphs: Glyphs) -> Line:
-        step = self.last.get("step", 0)
+        step = self.step
         share = step / self.max_steps if self.max_steps else 0.0
         numbers = f" {share:6.1%}  step {step:,}/{self.max_steps:,}"
         name = self.name if len(self.name) <= max(8, width // 3) else clip([("", self.name)], max(8, width // 3), "…")[0][1]
@@ -187,8 +200,9 @@ class View:
         if record := self._evaluations.get("val_loss"):
             parts.append(f"val loss {record['val_loss']:.4f} @{record['step']:,}")
         if record := self._evaluations.get("hellaswag_acc_norm"):
-            items = record.get("hellaswag_n", 0)
-            few = f" ({items:,} items)" if items < 10_042 else ""
+            kind = scores_kind(record, self.evaluate_data)
+            own = " of our own" if kind == "mini" else ""
+            few = "" if kind in COMPARABLE else f" ({scored_items(record):,} items{own})"
             parts.append(f"HellaSwag lm-eval {record['hellaswag_acc_norm']:.4f}{few} @{record['step']:,}")
         return [("dim", "eval     "), ("", f" {glyphs.dot} ".join(parts))]
 

@@ -78,7 +78,7 @@ class WatchedRun:
         self.record.status = read_json(self.path / "status.json")
         self.view.add(records)
         if records:
-            self.view.sample = newest_sample(self.path)
+            self.view.sample = newest_sample(self.path, self.view.step)
         return bool(records)
 
     def lines(self, width: int, glyphs: Glyphs) -> list[Line]:

@@ -13,11 +13,13 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from recipe.config import FINEWEB, INSTALLED_DOCS
-from recipe.evaluation.references import LLMC_CURVES, LLMC_SOURCE, references
+from recipe.evaluation.records import COMPARABLE, metrics_of, read_results, scores_kind, task_label
+from recipe.evaluation.references import COMPLETION_TASK, HELLASWAG_ITEMS, LLMC_CURVES, LLMC_SOURCE, references
 from recipe.files import read_json_lines, write_text
 from recipe.monitor.metrics import format_duration
+from recipe.monitor.run_record import RunRecord, sample_files
 from recipe.publish.contents import LOSS_CURVE, MARKER, TRAINING_CONFIG
-from recipe.publish.eval_results import COMPLETION_TASK, card_results, read_results, write_eval_results
+from recipe.publish.eval_results import card_results, write_eval_results
 from recipe.publish.loss_curve import write_loss_curve
 from recipe.publish.redaction import redact
 from recipe.run_folder import RunFolder
@@ -34,8 +36,6 @@ POWER_LIMITS = {
     "L40S": 350, "L4": 72, "RTX 4090": 450,
 }  # fmt: skip
 """Watts, from NVIDIA's data sheets, by a part of the device's name; the first match counts."""
-HELLASWAG_ITEMS = 10_042
-"""Of the validation set, on which the references were measured."""
 _CITATIONS = {
     "gpt2": "Radford, Wu, Child, Luan, Amodei, Sutskever: Language Models are Unsupervised Multitask Learners, 2019.",
     "fineweb": "Penedo, Kydlíček, Ben allal, Lozhkov, Mitchell, Raffel, von Werra, Wolf: The FineWeb Datasets: Decanting the "
@@ -45,23 +45,24 @@ _CITATIONS = {
 
 def write_card(folder: RunFolder, export: Path | None = None) -> Path:
     """Write README.md, the loss curve and .eval_results of an export (default: RUN/export) from config.yaml,
-    environment.json, metrics.jsonl and eval/*.json, as of the step that the export's run.json names."""
+    environment.json, starts.jsonl, metrics.jsonl and eval/*.json, as of the step that the export's run.json names."""
     export = export or folder.export
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    run = RunRecord.read(folder.path)
+    environment = run.environment
     config["data"] = environment.get("text", config["data"])  # of prepared tokens, the text that they were made from
     step = exported_step(folder, export)
-    records = [record for record in read_json_lines(folder.metrics) if record["step"] <= step]
-    results = read_results(folder, step)
+    run.records = records = [record for record in run.records if record["step"] <= step]
+    results = [record for record in read_results(folder.evaluation) if record.get("step") == step]
     write_eval_results(results, export, environment["versions"])
-    has_curve = write_loss_curve(records, config["data"], config["tokenizer"], export / LOSS_CURVE)
+    has_curve = write_loss_curve(records, run.is_fineweb, export / LOSS_CURVE)
     title = folder.path.resolve().name
     lines = [
         f"# {title}",
         "",
         *_introduction(export, config, step),
-        *_training(config, environment, records, has_curve),
-        *_results(records, results, step),
+        *_training(config, run, has_curve),
+        *_results(records, results, step, config.get("evaluate_data")),
         *_samples(folder, step),
         *_limits(config),
         *_reproduction(environment),
@@ -118,23 +119,25 @@ def _introduction(export: Path, config: dict[str, Any], step: int) -> list[str]:
     ]
 
 
-def _training(config: dict[str, Any], environment: dict[str, Any], records: list[dict[str, Any]], has_curve: bool) -> list[str]:
-    hardware = environment["hardware"]
-    device = hardware.get("gpu") or f"CPU ({hardware['cores']} cores)"
+def _training(config: dict[str, Any], run: RunRecord, has_curve: bool) -> list[str]:
+    environment = run.environment
     source = next((s for name, s in DATA_SOURCES.items() if config["data"].startswith(name)), None)
     lines = ["## Training", "", f"- Data: {source} (`{config['data']}`)." if source else f"- Data: `{config['data']}`."]
-    training = [r for r in records if r.get("train_loss") is not None]
-    if training:
-        last = training[-1]
+    if run.training:
+        last = run.training[-1]
         ramp = f" (ramped up by {config['batch_ramp']})" if config.get("batch_ramp") else ""
         name = "NorMuon" if config.get("muon_variant") == "normuon" else "Muon"  # older runs have no variant
         muon = f" ({name} {config['muon_learning_rate']:g})" if config["optimizer"] == "muon" else ""
         shorter = f" (ramped up by {config['sequence_ramp']})" if config.get("sequence_ramp") else ""
-        seconds = sum(r["step_seconds"] for r in training)
+        seconds = sum(r["step_seconds"] for r in run.training)
+        branch = (
+            f"branched off another run at step {run.begun_at:,}; time, money and energy are those of its own "
+            f"{run.own_tokens:,} tokens in {last['step'] - run.begun_at:,} steps: "
+        )
         lines += [
             f"- {last['tokens']:,} tokens in {last['step']:,} steps of {config['batch_tokens']:,} tokens{ramp}, "
-            f"{format_duration(seconds)} of training steps on {environment['ranks']} x {device}.",
-            *_cost(config, environment, seconds / 3600),
+            f"{branch if run.begun_at else ''}{format_duration(seconds)} of training steps on {run.machine}.",
+            *_cost(run, seconds),
             f"- {config['optimizer']}, learning rate {config['learning_rate']:g}{muon}, {config['schedule']} schedule, "
             f"weight decay {config['weight_decay']:g}, gradient norm clipped at {config['max_grad_norm']:g}, "
             f"{environment['precision']}, sequence length {config['sequence_length']}{shorter}, seed {config['seed']}.",
@@ -148,20 +151,21 @@ def _training(config: dict[str, Any], environment: dict[str, Any], records: list
     return [*lines, f"![Training and validation loss]({LOSS_CURVE})", ""] if has_curve else lines
 
 
-def _cost(config: dict[str, Any], environment: dict[str, Any], hours: float) -> list[str]:
+def _cost(run: RunRecord, seconds: float) -> list[str]:
+    """Money and energy of the training steps; of a run on several machines neither, since how long each took is not known."""
     lines = []
-    price = config.get("price_per_hour")
-    if price:
-        lines.append(f"- {price * hours:,.2f} dollars for the training steps, at {price:g} dollars an hour.")
-    gpu = environment["hardware"].get("gpu") or ""
+    price, dollars = run.config.price_per_hour, run.dollars(seconds)
+    if dollars:
+        lines.append(f"- {dollars:,.2f} dollars for the training steps, at {price:g} dollars an hour.")
+    (ranks, gpu), *others = run.machines
     watts = next((limit for name, limit in POWER_LIMITS.items() if re.search(rf"\b{name}", gpu)), None)
-    if watts:
-        energy = watts * environment["ranks"] * hours / 1000
+    if watts and not others:
+        energy = watts * ranks * seconds / 3600 / 1000
         lines.append(f"- Energy, an estimate: {energy:,.2f} kWh, the GPUs at their limit of {watts} W, without the rest.")
     return lines
 
 
-def _results(records: list[dict[str, Any]], results: list[dict[str, Any]], step: int) -> list[str]:
+def _results(records: list[dict[str, Any]], results: list[dict[str, Any]], step: int, evaluate_data: str | None) -> list[str]:
     validation = [r for r in records if r.get("val_loss") is not None]
     lines = []
     if validation:
@@ -169,7 +173,7 @@ def _results(records: list[dict[str, Any]], results: list[dict[str, Any]], step:
         bits = f", {last['val_bits_per_byte']:.4f} bits a byte" if last.get("val_bits_per_byte") is not None else ""
         before = f" ({first['val_loss']:.4f} at step {first['step']:,})" if first is not last else ""
         lines += [f"Validation loss {last['val_loss']:.4f} nats per token{bits} at step {last['step']:,}{before}.", ""]
-    lines += _harness_table(results) + _completion_table(records, step)
+    lines += _harness_table(results) + _completion_table(records, step, evaluate_data)
     return ["## Results", "", *lines] if lines else []
 
 
@@ -179,13 +183,11 @@ def _harness_table(results: list[dict[str, Any]]) -> list[str]:
         for task, numbers in record["tasks"].items():
             if task == COMPLETION_TASK:
                 continue
-            name = f"{task} ({numbers['data']['name']})" if "sha256" in numbers["data"] else task
-            mini |= numbers["data"]["name"] == "hellaswag_mini.jsonl"
-            comparable |= task == "hellaswag" and numbers["n"] == HELLASWAG_ITEMS
+            name, kind = task_label(task, numbers["data"]), numbers["data"]["kind"]
+            mini |= kind == "mini"
+            comparable |= task == "hellaswag" and kind in COMPARABLE
             rows += [
-                f"| this model | {name} | {numbers['n']:,} | {metric} | {value:.4f} ± {numbers[f'{metric}_stderr']:.4f} |"
-                for metric, value in numbers.items()
-                if f"{metric}_stderr" in numbers
+                f"| this model | {name} | {numbers['n']:,} | {metric} | {value} |" for metric, value in metrics_of(numbers)
             ]
     if not rows:
         return []
@@ -203,10 +205,11 @@ def _harness_table(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _completion_table(records: list[dict[str, Any]], step: int) -> list[str]:
+def _completion_table(records: list[dict[str, Any]], step: int, evaluate_data: str | None) -> list[str]:
     """HellaSwag in llm.c's style, which is never put beside lm-evaluation-harness'."""
-    found = [r for r in records if r.get("hellaswag_completion_acc_norm") is not None and r["step"] == step]
-    if not found or found[-1].get("hellaswag_completion_n", found[-1].get("hellaswag_n")) != HELLASWAG_ITEMS:
+    scored = [r for r in records if r.get("hellaswag_completion_acc_norm") is not None and r["step"] == step]
+    found = [r for r in scored if scores_kind(r, evaluate_data) in COMPARABLE]
+    if not found:
         return []
     rows = [("this model", found[-1]["hellaswag_completion_acc_norm"])]
     rows += [(f"[{r.model}]({r.source})", r.acc_norm) for r in references("completion") if r.acc_norm is not None]
@@ -231,7 +234,7 @@ def _with_error(share: float) -> str:
 
 
 def _samples(folder: RunFolder, step: int) -> list[str]:
-    paths = [p for p in sorted(folder.evaluation.glob("samples-step-*.json")) if int(p.stem.rpartition("-")[2]) <= step]
+    paths = sample_files(folder.path, step)
     if not paths:
         return []
     record = json.loads(paths[-1].read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +9,10 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry
 from huggingface_hub._eval_results import eval_result_entries_to_yaml
 
+from recipe.evaluation.references import COMPLETION_TASK
 from recipe.files import write_text
-from recipe.run_folder import RunFolder
 
-COMPLETION_TASK = "hellaswag_completion"
-"""HellaSwag in llm.c's style, which is not lm-evaluation-harness'."""
 _HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
-
-
-def read_results(folder: RunFolder, step: int) -> list[dict[str, Any]]:
-    """The records of eval/*.json that were taken of the model of this step, one task each."""
-    records = []
-    for path in sorted(folder.evaluation.glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue  # cut off by a crash
-        if isinstance(record, dict) and record.get("step") == step and "tasks" in record:
-            for numbers in record["tasks"].values():  # older records do not say which items these were
-                numbers.setdefault("data", {"name": record.get("data") or "items not recorded", "sha256": None})
-            records.append(record)
-    return records
 
 
 def write_eval_results(records: list[dict[str, Any]], export: Path, versions: dict[str, str]) -> None:
@@ -73,7 +55,7 @@ def _publishable(records: list[dict[str, Any]]) -> list[tuple[str, str, float, d
     for record in records:
         for task, numbers in record["tasks"].items():
             metric = next((name for name in ("acc_norm", "acc") if f"{name}_stderr" in numbers), None)
-            on_hub = "sha256" not in numbers["data"] and numbers["data"]["name"]
-            if on_hub and metric and record["limit"] is None and task != COMPLETION_TASK:
+            whole = numbers["data"]["kind"] == "whole" and numbers["data"]["name"]  # a task may have no dataset
+            if whole and metric and task != COMPLETION_TASK:
                 found.append((task, metric, numbers[metric], numbers))
     return found

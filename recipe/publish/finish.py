@@ -19,7 +19,8 @@ from recipe.run_folder import RunFolder, model_of
 def finish_run(folder: RunFolder, config: Config, say: Callable[[str], None]) -> None:
     """Export the last checkpoint, evaluate it and write its card.
 
-    An evaluation that fails (no network for its data, say) is reported and leaves the export whole.
+    What fails once the export is whole (no network for an evaluation's data, say) is told, and fails nothing else: the card of
+    the export then says what was known before.
 
     Raises:
         ExportError: if the export does not compute what was trained.
@@ -44,8 +45,11 @@ def finish_run(folder: RunFolder, config: Config, say: Callable[[str], None]) ->
         say(f"evaluation of {config.evaluate_tasks} failed: {first_line(error)}")
         say(f"later: python scripts/evaluate.py {folder.path} --tasks {config.evaluate_tasks}")
         return
-    record_results(folder, results, newest.step, say)
-    write_card(folder)
+    try:
+        record_results(folder, results, newest.step, say)
+        write_card(folder)
+    except Exception as error:  # as above
+        say(f"the results could not be written down: {type(error).__name__}: {first_line(error)}")
 
 
 def evaluate_model(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recipe.config import FINEWEB
 from recipe.evaluation.references import LLMC_BATCH_TOKENS, LLMC_CURVES
 
 REFERENCE = "8×A100"
 
 
-def write_loss_curve(records: list[dict[str, Any]], data: str, tokenizer: str, path: Path) -> bool:
-    """Draw training and validation loss over tokens, with llm.c's 124M beside them where text and tokenizer are the same.
+def write_loss_curve(records: list[dict[str, Any]], is_fineweb: bool, path: Path) -> bool:
+    """Draw training and validation loss over tokens.
 
     Args:
         records: lines of metrics.jsonl.
+        is_fineweb: whether the losses compare with llm.c's 124M, which is then drawn beside them.
     Returns:
         whether there was anything to draw.
     """
@@ -33,7 +33,7 @@ def write_loss_curve(records: list[dict[str, Any]], data: str, tokenizer: str, p
     axes.plot(*zip(*training, strict=True), color="tab:blue", linewidth=0.6, alpha=0.5, label="training loss of a step")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="tab:red", marker=".", label="validation loss")
-    if data.partition(":")[0] == FINEWEB.partition(":")[0] and tokenizer == "openai-community/gpt2":
+    if is_fineweb:
         points = [(p.step * LLMC_BATCH_TOKENS, p.val_loss) for p in LLMC_CURVES[REFERENCE] if p.step]
         last = training[-1][0]
         points = [point for point in points if point[0] <= 1.05 * last]
