@@ -112,14 +112,16 @@ def _train(config: Config, plan: Plan, folder: RunFolder, rank: int, parent: int
     def end_without_saving(number: signal.Signals) -> None:
         # A rank that was gone before the signal came is its reason: who starts runs again must not take that for a stop.
         failed = bool(signals.lost) or fault_is_noted()
-        code, state, at_fault, reason = EXIT_STOPPED, "stopped", 0, f"signal {number.name}"
-        if failed:
-            at_fault = next(iter(signals.lost), -1)  # which has said why itself, if it could
-            code, state, reason = EXIT_FAULT, "failed", f"rank {at_fault} is gone, killed or failed"
-        elif hasattr(run, "watchdog"):
+        code = EXIT_FAULT if failed else EXIT_STOPPED
+        if not failed and hasattr(run, "watchdog"):
             run.watchdog.leave()
-        if folder.locked and run is not None and not (failed and (at_fault < 0 or folder.has_ended())):
-            folder.status(state, code, run.step, plan.tokens_after(run.step), reason, at_fault)
+        if folder.locked and run is not None:
+            done = run.step, plan.tokens_after(run.step)
+            if not failed:
+                folder.status("stopped", code, *done, f"signal {number.name}")
+            elif signals.lost and not folder.has_ended():  # else the rank at fault has said why itself
+                at_fault = signals.lost[0]
+                folder.status("failed", code, *done, f"rank {at_fault} is gone, killed or failed", at_fault)
         if rank == 0:
             note_exit(code)
         print(f"rank {rank} stopped by {number.name}; nothing was left to save", flush=True)

@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from recipe.config import Config
 from recipe.distributed import Distributed
 from recipe.engine import OPTIMIZER, Engine, StepResult
+from recipe.estimate import BUCKET
 from recipe.gradient_sums import GradientSums
 from recipe.model import PretrainingModel
 from recipe.optim.groups import make_optimizer, set_hyperparameters
@@ -166,8 +167,8 @@ def deepspeed_config(config: Config, plan: Plan, precision: str) -> dict[str, An
         "zero_optimization": {
             "stage": 1,
             # "auto" would be hidden^2, 589,824 elements for 124M: hundreds of small reductions.
-            "reduce_bucket_size": 500_000_000,
-            "allgather_bucket_size": 500_000_000,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
             "overlap_comm": False,
         },
         "communication_data_type": "fp32",
