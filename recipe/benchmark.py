@@ -105,8 +105,8 @@ def benchmark_training(config: Config, plan: Plan, distributed: Distributed, ste
     Args:
         whole: optimizer steps of all ranks with their data; otherwise micro-batches of the model alone, each rank for itself.
     Returns:
-        medians after WARMUP_STEPS, of this rank: tokens_per_second (of all ranks), step_ms, data_ms; first_step_seconds,
-        compilation included; mfu and mfu_full_attention (12LCT), None on a device without a known peak; peak_memory_bytes;
+        medians after WARMUP_STEPS, of this rank: tokens_per_second (of all ranks), step_ms, data_ms (waiting for rows);
+        first_step_seconds, compilation included; mfu and mfu_full_attention (12LCT), None on a device without a known peak; peak_memory_bytes;
         `parts`, the ms of the profiled step by part, and `kernels`, its longest kernels as [ms, calls, name], None without a
         GPU; `communication` of that step (recipe/overlap.py) by rank.
     """
@@ -118,9 +118,9 @@ def benchmark_training(config: Config, plan: Plan, distributed: Distributed, ste
 
         def rows_of(count: int) -> torch.Tensor:
             began = time.perf_counter()
-            rows = distributed.to_device(stream.next_batch(count))
+            rows = stream.next_batch(count)
             waits.append((time.perf_counter() - began) * 1000)
-            return rows
+            return distributed.to_device(rows)
 
         def step(index: int) -> None:
             if whole:

@@ -78,20 +78,25 @@ GPUS = {
     "A100-40GB": Gpu("A100", 40, 230e9, 20e9, 0.50, "llm.c reaches 0.56 there; ours is not measured on it"),
     "A100-80GB": Gpu("A100", 80, 230e9, 20e9, 0.50, "llm.c reaches 0.56 there; ours is not measured on it"),
     "H100-80GB": Gpu("H100", 80, 340e9, 40e9, 0.48, "as measured for 774M"),
-    "H200-141GB": Gpu("H200", 141, 340e9, 40e9, 0.48, "the H100's"),
+    "H200-141GB": Gpu("H200", 141, 340e9, 40e9, 0.54, "as measured for 1558M"),
     "RTX4090-24GB": Gpu("RTX 4090", 24, 20e9, 1.2e9, 0.50, "assumed"),
     "L4-24GB": Gpu("L4", 24, 20e9, 1.2e9, 0.45, "assumed"),
     "CPU-8core": cpu(8, 32),
 }
 """By the name that `--machine 8xA100-80GB` uses."""
 
-MEASURED = {("H100-80GB", 12, 768): 563_400, ("H100-80GB", 24, 1024): 214_900}
+MEASURED = {
+    ("H100-80GB", 12, 768): 563_400,
+    ("H100-80GB", 24, 1024): 214_900,
+    ("H200-141GB", 12, 768): 588_200,
+    ("H200-141GB", 24, 1024): 219_300,
+}
 """Tokens/s of one GPU under ZeRO-1 with AdamW, by GPU, n_layer and n_embd, of whole steps of 524,288 tokens, through
 pretrain.py or scripts/benchmark.py (docs/results.md)."""
 
-MEASURED_SCALING: dict[tuple[str, int, int, int], float] = {}
+MEASURED_SCALING = {("H200-141GB", 12, 768, 2): 0.985}
 """Scaling efficiency under ZeRO-1, tokens/s over as many times one GPU's, by GPU, n_layer, n_embd and GPUs, of steps of 524,288
-tokens, by scripts/scaling.py (docs/results.md). None has been measured yet: recipe/scaling.py computes them."""
+tokens with AdamW, by scripts/scaling.py (docs/results.md); recipe/scaling.py computes the others."""
 
 SIZES = {"124M": (12, 12, 768), "350M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
 """n_layer, n_head and n_embd of GPT-2's sizes (Radford et al. 2019)."""

@@ -28,7 +28,8 @@ ENGINES = ("ZeRO-1", "DDP")
 TOLERANCE = 5e-3
 """Of a training loss against the same step's on another number of ranks, nats per token."""
 LOSSES_TOKENS = 65_536
-"""Tokens a step of the comparison of losses, if the run's are not fewer: 200 steps on one H100 take half a minute."""
+"""Tokens a step where losses are compared, if the run's are not fewer: 200 steps on one H100 take half a minute."""
+SMALLER = "smaller-micro-batches"
 PROFILED_AFTER = 2
 """Timed steps before the profiled one, where nothing else is measured."""
 
@@ -53,8 +54,8 @@ class ScalingRun:
     speed_steps: int = 12
     """Timed steps on one rank; N ranks take N times as many, so that cards are as warm."""
     losses_steps: int = 200
-    topology_steps: int = 60
-    kill_steps: int = 10
+    topology_steps: int = 180
+    kill_steps: int = 20
     """Steps after which a rank is killed."""
     environment: dict[str, str] = field(default_factory=dict)
     """Of every launch, on top of this process'."""
@@ -133,21 +134,25 @@ class ScalingRun:
         return {"rows": rows, "problem": "; ".join(errors) or None}
 
     def losses(self, deadline: float) -> dict[str, Any]:
-        """Training losses of one rank and of the most, on the same rows."""
+        """Training losses of one rank and of the most, on the same rows; and of one rank that sums in another order, which is
+        what rounding alone does."""
         if self.most < 2:
             raise Unfit("it takes two ranks to compare with one")
-        curves: dict[tuple[str, int], dict[str, Any]] = {}
+        curves: dict[tuple[str, int | str], dict[str, Any]] = {}
         errors = []
         for ranks in (1, self.most):
             jobs = [((config, ranks), self._losses_command(config, ranks)) for config in self.configs]
+            if ranks == 1:
+                jobs += [((config, SMALLER), self._losses_command(config, 1, smaller=True)) for config in self.configs]
             done, failed = self._launch_all("losses", jobs, ranks, deadline)
             curves |= done
             errors += failed
         rows = []
         for config in self.configs:
-            one, many = curves.get((config, 1)), curves.get((config, self.most))
+            one, many, smaller = (curves.get((config, key)) for key in (1, self.most, SMALLER))
             if one and many:
                 apart = compare(one["losses"], many["losses"])
+                apart["rounding"] = smaller and compare(one["losses"], smaller["losses"])
                 about = {"config": Path(config).stem, "ranks": self.most, "precision": many["precision"]}
                 about |= {"first_loss": one["losses"][0], "last_loss": one["losses"][-1]}
                 rows.append(about | {"batch_tokens": int(self._losses_batch(config)["batch_tokens"]), **apart})
@@ -218,8 +223,13 @@ class ScalingRun:
     def _losses_batch(self, config: str) -> dict[str, str]:
         return {"batch_tokens": str(min(LOSSES_TOKENS, load_config([config, *_words(self.fields)]).batch_tokens))}
 
-    def _losses_command(self, config: str, ranks: int) -> list[str]:
+    def _losses_command(self, config: str, ranks: int, smaller: bool = False) -> list[str]:
         fields = self.fields | self._losses_batch(config)
+        if smaller:
+            read = load_config([config, *_words(fields)])
+            # As many rows at a time as each of the ranks has, or half of those that are asked for.
+            asked = read.micro_batch_size and read.micro_batch_size // 2
+            fields["micro_batch_size"] = str(max(1, asked or read.batch_tokens // (read.sequence_length * self.most)))
         words = ["losses", config, *_words(fields), "--steps", str(self.losses_steps), "--json"]
         return accelerate_command(self._file("ZeRO-1", ranks), ranks, "benchmark.py", *words)
 
@@ -267,8 +277,9 @@ class ScalingRun:
 
     def _pretrain(self, name: str, ranks: int, **fields: object) -> Launch:
         # Half of the run is warm-up: at a hot rate rounding alone would set the losses apart.
-        short = {"validation_tokens": self._losses_batch(self.configs[0])["batch_tokens"]}
-        own = {"eval_every": 0, "sample_every": 0, "evaluate_tasks": "none", "warmup_steps": 0.5, "schedule": "cosine"}
+        batch = self._losses_batch(self.configs[0])
+        short = {"validation_tokens": batch["batch_tokens"]}
+        own = batch | {"eval_every": 0, "sample_every": 0, "evaluate_tasks": "none", "warmup_steps": 0.5, "schedule": "cosine"}
         given = {name: value for name, value in self.fields.items() if name != "max_tokens"}  # in whose place is max_steps
         words = [self.configs[0], *_words(short | given | own | fields)]
         command = accelerate_command(self._file("ZeRO-1", ranks), ranks, "pretrain.py", *words)

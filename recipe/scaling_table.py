@@ -85,6 +85,7 @@ def _profile(stage: dict[str, Any]) -> list[str]:
 
 def _losses(stage: dict[str, Any]) -> list[str]:
     head = ["config", "ranks against one", "tokens a step", "steps", "loss from, to", "largest difference", "at step", "mean"]
+    head += ["one rank with smaller micro-batches: largest", "mean"]
     return [
         *_table(
             head,
@@ -92,7 +93,7 @@ def _losses(stage: dict[str, Any]) -> list[str]:
                 [
                     f"{row['config']}, {row['precision']}", str(row["ranks"]), f"{row['batch_tokens']:,}", str(row["steps"]),
                     f"{row['first_loss']:.4f}, {row['last_loss']:.4f}", f"{row['largest']:.1e}", str(row["at_step"]),
-                    f"{row['mean']:.1e}",
+                    f"{row['mean']:.1e}", *(f"{row['rounding'][key]:.1e}" if row["rounding"] else "n/a" for key in ("largest", "mean")),
                 ]
                 for row in stage["rows"]
             ],

@@ -8,7 +8,7 @@ The stages, each with the seconds that it may take behind a colon if not its own
 
 speed     tokens/s of whole steps on 1 rank and on each number of processes, under ZeRO-1 and DDP, for each config
 profile   the communication in a step of the most ranks by kind, overlapped and exposed
-losses    training losses of the most ranks against those of one, ZeRO-1
+losses    training losses of the most ranks against those of one, ZeRO-1, and of one against its own with other micro-batches
 topology  a checkpoint of the first config's run continued on half of the ranks and then on all again
 kill      SIGKILL to one rank: the job ends, and status.json names it
 
@@ -106,8 +106,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--time_limit", type=float, default=570, help="seconds for all of them")
     parser.add_argument("--speed_steps", type=int, default=12, help="timed steps on one rank; N ranks take N times as many")
     parser.add_argument("--losses_steps", type=int, default=200)
-    parser.add_argument("--topology_steps", type=int, default=60)
-    parser.add_argument("--kill_steps", type=int, default=10, help="steps before a rank is killed")
+    parser.add_argument("--topology_steps", type=int, default=180)
+    parser.add_argument("--kill_steps", type=int, default=20, help="steps before a rank is killed")
     parser.add_argument("--output", type=output_file, default=Path("scaling.json"))
     parser.add_argument("--folder", type=Path, default=None, help="for logs and run folders; a temporary one if left out")
     parser.add_argument("--cpu", action="store_true", help="use no GPU")

@@ -246,6 +246,7 @@ def test_all_stages_on_two_cpu_processes(tmp_path: Path, fineweb_folder: Path) -
     (losses,) = found["losses"]["rows"]
     assert losses["steps"] == 40 and losses["first_loss"] - losses["last_loss"] > 0.3, "it must learn"
     assert losses["largest"] < 1e-3
+    assert 0 < losses["rounding"]["largest"] < 1e-3, "sums in another order round otherwise, and no more than that"
     half, back = found["topology"]["rows"]
     assert (half["ranks"], back["ranks"]) == (1, 2) and half["from_step"] == 31 and back["to_step"] == 90
     assert half["to_step"] + 1 == back["from_step"] and max(half["largest"], back["largest"]) < 1e-3
