@@ -9,9 +9,9 @@
 # hands the signal on to the ranks, where `accelerate launch` as a container's first process would not hear it.
 FROM python:3.12-slim-bookworm
 
-# Triton compiles its launchers; supervise.sh finds the ranks by pkill.
+# Triton compiles its launchers.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc g++ procps \
+    && apt-get install --yes --no-install-recommends gcc g++ \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /recipe

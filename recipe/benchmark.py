@@ -106,9 +106,9 @@ def benchmark_training(config: Config, plan: Plan, distributed: Distributed, ste
         whole: optimizer steps of all ranks with their data; otherwise micro-batches of the model alone, each rank for itself.
     Returns:
         medians after WARMUP_STEPS, of this rank: tokens_per_second (of all ranks), step_ms, data_ms (waiting for rows);
-        first_step_seconds, compilation included; mfu and mfu_full_attention (12LCT), None on a device without a known peak; peak_memory_bytes;
-        `parts`, the ms of the profiled step by part, and `kernels`, its longest kernels as [ms, calls, name], None without a
-        GPU; `communication` of that step (recipe/overlap.py) by rank.
+        first_step_seconds, compilation included; mfu and mfu_full_attention (12LCT), None on a device without a known peak;
+        peak_memory_bytes; `parts`, the ms of the profiled step by part, and `kernels`, its longest kernels as [ms, calls,
+        name], None without a GPU; `communication` of that step (recipe/overlap.py) by rank.
     """
     precision = resolve_precision(config.precision, distributed.cuda)
     with open_stream(config, distributed) as (stream, encoder):

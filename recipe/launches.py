@@ -18,11 +18,15 @@ class LaunchError(Exception):
     """A launch that failed, or took too long; with what it said last."""
 
 
+def launch_command(accelerate_file: str, *options: str) -> list[str]:
+    """`accelerate launch` with a file and options; the script and its words belong behind it."""
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_file, *options]
+
+
 def accelerate_command(accelerate_file: str, ranks: int, script: str, *words: str) -> list[str]:
     """The launch of a script of the project by a file of configs/accelerate, over another number of ranks."""
     file = str(ROOT / "configs" / "accelerate" / f"{accelerate_file}.yaml")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", str(ranks)]
-    return [*launcher, str(ROOT / "scripts" / script), *words]
+    return [*launch_command(file, "--num_processes", str(ranks)), str(ROOT / "scripts" / script), *words]
 
 
 def children(pid: int) -> list[int]:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +13,8 @@ import yaml
 
 from recipe.cli import EXIT_CONFIG, EXIT_FAULT, EXIT_OK, EXIT_STOPPED
 from recipe.config import ConfigError
-from recipe.launches import children
+from recipe.launcher import SHUTDOWN_S, Launcher
+from recipe.launches import launch_command
 from recipe.run_folder import RunFolder
 
 DEFAULT_PORT = 29_500
@@ -39,12 +34,11 @@ class Node:
 
     def launch(self, accelerate_file: str, script: Path, arguments: list[str]) -> list[str]:
         """The `accelerate launch` of this node."""
-        return [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_file,
+        options = [
             "--num_machines", str(self.nodes), "--num_processes", str(self.nodes * self.processes),
             "--machine_rank", str(self.rank), "--main_process_ip", self.address, "--main_process_port", str(self.port),
-            str(script), *arguments,
         ]  # fmt: skip
+        return [*launch_command(accelerate_file, *options), str(script), *arguments]
 
 
 def this_node(environment: Mapping[str, str], accelerate_file: str) -> Node:
@@ -82,50 +76,23 @@ def first_host(nodelist: str) -> str:
 
 
 def run_node(node: Node, accelerate_file: str, script: Path, arguments: list[str], output_dir: str) -> int:
-    """Start this node's launcher, pass SIGTERM, SIGINT and SIGUSR1 on to it, and wait for it.
+    """Start this node's launcher, pass SIGTERM, SIGINT and SIGUSR1 on to its workers, and wait for it.
 
     Returns:
         0 the run is finished; 2 its configuration is bad; 75 start it again: it was stopped after saving, or a fault has ended
         it that came after a new checkpoint; 1 a fault that came before any. The same on every node.
     """
     folder = RunFolder(Path(output_dir))
-    before, began = _newest_step(folder), time.time()
-    with tempfile.TemporaryDirectory() as temporary:
-        told = Path(temporary) / "code"
-        environment = os.environ | {
-            "PRETRAIN_EXIT_FILE": str(told),
-            # For a signal that reaches the launcher past us: it would die of a SIGUSR1, and leave its workers 30 s to save.
-            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-            "PET_SHUTDOWN_TIMEOUT": os.environ.get("PET_SHUTDOWN_TIMEOUT", "120"),
-        }
-        # In a session of its own, so that a signal to our group reaches it once, through us.
-        launcher = subprocess.Popen(node.launch(accelerate_file, script, arguments), env=environment, start_new_session=True)
-        signalled = []
-
-        def pass_on(number: int, _frame: object) -> None:
-            if not signalled:  # a second one would end the workers without saving
-                signalled.append(number)
-                _stop_workers(launcher.pid)
-
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, pass_on)
-        code = launcher.wait()
-        if told.is_file():
-            code = int(told.read_text(encoding="utf-8"))
-        elif code:
-            # Who ends first takes the others with him, under SkyPilot: the first node may still be saving.
-            code = _told_by_the_folder(folder, began, float(environment["PET_SHUTDOWN_TIMEOUT"]))
+    before, began = folder.newest_step(), time.time()
+    noted, code = Launcher(repeat=False).launch(node.launch(accelerate_file, script, arguments))
+    if noted is not None:
+        code = noted
+    elif code:
+        # Who ends first takes the others with him, under SkyPilot: the first node may still be saving.
+        code = _told_by_the_folder(folder, began, SHUTDOWN_S)
     if code in (EXIT_OK, EXIT_CONFIG, EXIT_STOPPED):
         return code
-    return EXIT_STOPPED if _newest_step(folder) > before else EXIT_FAULT
-
-
-def _stop_workers(launcher: int) -> None:
-    """Ask the workers to save and stop. All of them do so before the first one ends, whatever time the launcher, which is told
-    itself only while it has none, would leave them."""
-    for pid in children(launcher) or [launcher]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM if pid == launcher else signal.SIGUSR1)
+    return EXIT_STOPPED if folder.newest_step() > before else EXIT_FAULT
 
 
 def _told_by_the_folder(folder: RunFolder, began: float, seconds: float) -> int:
@@ -138,8 +105,3 @@ def _told_by_the_folder(folder: RunFolder, began: float, seconds: float) -> int:
             return status["exit_code"]
         time.sleep(0.5)
     return EXIT_FAULT
-
-
-def _newest_step(folder: RunFolder) -> int:
-    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.checkpoints.glob("step-*/MANIFEST.json")]
-    return max(steps, default=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -36,6 +37,19 @@ the tokenizer is kept in the run."""
 
 def _is_path(value: str | None) -> bool:
     return value is not None and value != INSTALLED_DOCS and not value.startswith("train:") and is_local(value)
+
+
+def _lock(handle: TextIO, seconds: float) -> bool:
+    """Lock an open file; whether it came free in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
 
 
 class RunFolder:
@@ -101,19 +115,12 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (held until the process ends)
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    self._lock.seek(0)
-                    raise ConfigError(
-                        f"output_dir: {self.path} is being trained in by {self._lock.read().strip() or 'another process'}; "
-                        "stop it, or choose another output_dir"
-                    ) from None
-                time.sleep(0.2)
+        if not _lock(self._lock, LOCK_WAIT_S):
+            self._lock.seek(0)
+            raise ConfigError(
+                f"output_dir: {self.path} is being trained in by {self._lock.read().strip() or 'another process'}; "
+                "stop it, or choose another output_dir"
+            )
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}\n")
         self._lock.flush()
@@ -122,6 +129,16 @@ class RunFolder:
     def locked(self) -> bool:
         """Whether this process keeps others out."""
         return self._lock is not None
+
+    def wait_until_free(self, seconds: float) -> None:
+        """Wait until no process trains here, so long at most."""
+        with contextlib.suppress(FileNotFoundError), open(self.path / ".lock", "r+", encoding="utf-8") as handle:
+            _lock(handle, seconds)
+
+    def newest_step(self) -> int:
+        """That of the newest finished checkpoint, -1 without one."""
+        steps = [int(path.parent.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*/MANIFEST.json")]
+        return max(steps, default=-1)
 
     def has_ended(self) -> bool:
         """Whether status.json says that the run was stopped or has failed."""

@@ -93,7 +93,8 @@ def _losses(stage: dict[str, Any]) -> list[str]:
                 [
                     f"{row['config']}, {row['precision']}", str(row["ranks"]), f"{row['batch_tokens']:,}", str(row["steps"]),
                     f"{row['first_loss']:.4f}, {row['last_loss']:.4f}", f"{row['largest']:.1e}", str(row["at_step"]),
-                    f"{row['mean']:.1e}", *(f"{row['rounding'][key]:.1e}" if row["rounding"] else "n/a" for key in ("largest", "mean")),
+                    f"{row['mean']:.1e}",
+                    *(f"{row['rounding'][key]:.1e}" if row["rounding"] else "n/a" for key in ("largest", "mean")),
                 ]
                 for row in stage["rows"]
             ],

@@ -224,7 +224,7 @@ def test_supervise_gives_up(arguments, tmp_path: Path) -> None:
     (run / "metrics.jsonl").mkdir()  # nothing can be logged: a fault that no restart mends
     process = start(supervise("cpu", *arguments()), log, PYTHON=sys.executable, SUPERVISE_PAUSE="0")
     assert process.wait(200) == 1, log.read_text()
-    assert "supervise: three restarts without a checkpoint" in log.read_text()
+    assert "supervise: 3 restarts without a checkpoint" in log.read_text()
     assert log.read_text().count("of 3 from step") == 3 and find_newest(run / "checkpoints")[0].step == before
 
 

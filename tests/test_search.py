@@ -964,7 +964,9 @@ def test_the_report_of_the_recipes(tmp_path: Path, records: list[dict]) -> None:
     append(results, failure)
     # Without the tables of what the project itself has found.
     begin, end = "<!-- begin ", "<!-- end "
-    prose = re.sub(rf"({begin}(\w+) -->\n).*?({end}\2 -->)", r"\1\3", (ROOT / "docs" / "recipe.md").read_text(), flags=re.DOTALL)
+    prose = re.sub(
+        rf"({begin}(\w+) -->\n).*?({end}\2 -->)", r"\1\3", (ROOT / "docs" / "recipe.md").read_text(), flags=re.DOTALL
+    )
     document.write_text(prose)
     prices = {"8xA100-80GB": 14.0, "8xH100-80GB": 24.0}
     written = write_report([stage], results, document, prices)

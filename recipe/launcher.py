@@ -1,0 +1,69 @@
+"""`accelerate launch` on this node, as scripts/supervise.sh and scripts/launch/node.py start it: a signal goes to its workers,
+and how it ended is what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+
+from recipe.launches import children
+from recipe.signals import STOP_SIGNALS
+
+SHUTDOWN_S = 120
+"""Seconds that the launcher leaves its workers to save, from torch 2.13 on; before, 30."""
+
+
+class Launcher:
+    """Starts launches, one at a time. SIGTERM, SIGINT and SIGUSR1 are noted from its making on and handed to the workers.
+
+    Args:
+        repeat: hand on every signal, not only the first: workers that get a second one end without saving, which is what
+            somebody wants who presses Ctrl-C again, and not what a scheduler means that says it twice.
+    """
+
+    def __init__(self, repeat: bool):
+        self.stopping = False
+        """Whether a signal has come."""
+        self._repeat, self._process = repeat, None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def launch(self, command: list[str]) -> tuple[int | None, int]:
+        """Start it and wait for its end.
+
+        Returns:
+            the exit code that pretrain.py's first rank, or one with a fault, has noted, None if none has; the launcher's own.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            noted = Path(temporary) / "code"
+            environment = {
+                "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
+                # For a signal that reaches the launcher past us: it would die of a SIGUSR1, and leave its workers 30 s to save.
+                "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+                **os.environ,
+                "PRETRAIN_EXIT_FILE": str(noted),
+            }
+            # In a session of its own, so that a signal to our group, such as a Ctrl-C, reaches it once, through us.
+            self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+            if self.stopping:
+                self._stop_workers()
+            code = self._process.wait()
+            self._process = None
+            return int(noted.read_text(encoding="utf-8")) if noted.is_file() else None, code
+
+    def _note(self, _number: int, _frame: object) -> None:
+        first, self.stopping = not self.stopping, True
+        if self._process and (first or self._repeat):
+            self._stop_workers()
+
+    def _stop_workers(self) -> None:
+        """Ask the workers to save and stop. All of them do so before the first one ends, whatever time the launcher, which is
+        told itself only while it has none, would leave them."""
+        launcher = self._process.pid
+        for pid in children(launcher) or [launcher]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if pid == launcher else signal.SIGUSR1)
