@@ -21,10 +21,11 @@ from recipe.data.prepared import PreparedCorpus, encoder_for
 from recipe.data.stream import Exchange, RowStream
 from recipe.distributed import Distributed, resolve_precision
 from recipe.engine import OPTIMIZER, make_engine
+from recipe.gpus import peak_flops
 from recipe.model import build_model
 from recipe.optim.schedule import hyperparameters
 from recipe.overlap import communication, length
-from recipe.plan import Plan, flops_per_token, peak_flops
+from recipe.plan import Plan, flops_per_token
 from recipe.tokenizer import Encoder, load_tokenizer
 
 WARMUP_STEPS = 5

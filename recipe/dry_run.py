@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from recipe.config import INSTALLED_DOCS, Config, ConfigError, compiles, to_yaml
 from recipe.data.corpus import Corpus, open_corpora
 from recipe.data.sources import hub_id, is_local
-from recipe.estimate import GIB, GPUS, Machine, cpu, estimate, memory_by_part
+from recipe.estimate import GIB, Machine, estimate, memory_by_part
+from recipe.gpus import GPUS, cpu
 from recipe.micro_batch import under_zero1
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, count_parameters
 from recipe.run_folder import RunFolder

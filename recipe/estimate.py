@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from recipe.config import FINEWEB, INSTALLED_DOCS, Config, ConfigError, parse_ramp
 from recipe.data.sources import file_format, is_local, local_text_files
+from recipe.gpus import GPUS, Gpu
 from recipe.plan import (
     GPT2_VOCAB_SIZE,
     Plan,
@@ -22,7 +23,6 @@ from recipe.plan import (
     flops_per_token,
     make_plan,
     padded_vocab_size,
-    peak_flops,
 )
 
 if TYPE_CHECKING:
@@ -38,52 +38,6 @@ BUCKET = 500_000_000
 ACTIVATIONS, PLAIN_ACTIVATIONS = 16, 28
 """Numbers that a layer keeps for the backward pass, a token and unit of width: compiled or by our kernels, and by torch's."""
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU."""
-
-    name: str
-    """As it matches PEAK_BF16_FLOPS."""
-    memory: int
-    """GiB."""
-    bus: float
-    """What a ring all-reduce moves for each GPU of one node, bytes/s. An assumption: about three quarters of the link's one-way
-    rate on NVIDIA's data sheet."""
-    network: float
-    """The same between nodes of eight, bytes/s, an assumption."""
-    mfu: float
-    """Causal MFU assumed where nothing was measured."""
-    why: str
-    """Where that comes from."""
-    cores: int = 0
-    """Of a CPU."""
-
-    @property
-    def peak(self) -> float:
-        """FLOP/s in the precision that is trained in: bf16, on a CPU fp32."""
-        return CORE_FLOPS * self.cores if self.cores else peak_flops(self.name)
-
-
-CORE_FLOPS = 100e9
-"""fp32 peak of a core with AVX2 and two units, at 3 GHz."""
-
-
-def cpu(cores: int, memory: int) -> Gpu:
-    """A CPU, of `memory` GiB, in the place of a GPU."""
-    return Gpu("CPU", memory, 10e9, 1e9, 0.5, "as two cores of a server train the quickstart", cores)
-
-
-GPUS = {
-    "A100-40GB": Gpu("A100", 40, 230e9, 20e9, 0.50, "llm.c reaches 0.56 there; ours is not measured on it"),
-    "A100-80GB": Gpu("A100", 80, 230e9, 20e9, 0.50, "llm.c reaches 0.56 there; ours is not measured on it"),
-    "H100-80GB": Gpu("H100", 80, 340e9, 40e9, 0.48, "as measured for 774M"),
-    "H200-141GB": Gpu("H200", 141, 340e9, 40e9, 0.54, "as measured for 1558M"),
-    "RTX4090-24GB": Gpu("RTX 4090", 24, 20e9, 1.2e9, 0.50, "assumed"),
-    "L4-24GB": Gpu("L4", 24, 20e9, 1.2e9, 0.45, "assumed"),
-    "CPU-8core": cpu(8, 32),
-}
-"""By the name that `--machine 8xA100-80GB` uses."""
 
 MEASURED = {
     ("H100-80GB", 12, 768): 563_400,

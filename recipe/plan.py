@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -281,15 +280,3 @@ def flops_of_run(config: Config, plan: Plan, vocab_size: int) -> float:
         total += (plan.tokens_after(end) - plan.tokens_after(step)) * float(flops_per_token(config, vocab_size, length))
         step = end
     return total
-
-
-PEAK_BF16_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "RTX 4090": 165e12,
-}  # fmt: skip
-"""Dense bf16 peaks from NVIDIA's data sheets, FLOP/s, by a part of the device's name; the first match counts."""
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of a GPU by its name, or None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)

@@ -23,6 +23,7 @@ from recipe.distributed import COLLECTIVE_TIMEOUT, Distributed, resolve_precisio
 from recipe.engine import Engine, make_engine
 from recipe.evaluation.periodic import PeriodicEvaluation, due
 from recipe.evaluation.scoring import Interrupted
+from recipe.gpus import peak_flops
 from recipe.initial_weights import load_initial_weights
 from recipe.inputs import Inputs
 from recipe.micro_batch import check_alike, predicted_memory
@@ -34,7 +35,7 @@ from recipe.monitor.metrics import MetricsLog, WallClock, progress_line
 from recipe.monitor.run_record import record_start
 from recipe.monitor.trackers import Reporter, start_reporting
 from recipe.optim.schedule import hyperparameters
-from recipe.plan import Plan, flops_per_token, peak_flops
+from recipe.plan import Plan, flops_per_token
 from recipe.publish.finish import finish_run
 from recipe.publish.outbox import BackgroundPush, check_destination
 from recipe.recovery import Recovery, Rollback, TrainingError

@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from recipe.config import ConfigError
-from recipe.estimate import FIT_SOURCE, GPUS, SIZES, Estimate, best_within, estimate, parse_machine, with_size
+from recipe.estimate import FIT_SOURCE, SIZES, Estimate, best_within, estimate, parse_machine, with_size
+from recipe.gpus import GPUS
 from recipe.parsing import parse_config
 from recipe.scaling import grow, growth_lines
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipe.config import Config, ConfigError
-from recipe.plan import count_parameters, flops_per_token, load_run, make_plan, peak_flops
+from recipe.gpus import peak_flops, power_limit
+from recipe.plan import count_parameters, flops_per_token, load_run, make_plan
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -369,25 +370,28 @@ def test_flops_of_124m_by_hand():
 
 
 @pytest.mark.parametrize(
-    "name, peak",
+    "name, peak, watts",
     [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A100-PCIE-40GB", 312e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA H100 80GB HBM3", 989e12, 700),
+        ("NVIDIA H100 PCIe", 756e12, 350),
+        ("NVIDIA H100 NVL", 835e12, 400),
+        ("NVIDIA H200", 989e12, 700),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 400),
+        ("NVIDIA A100-PCIE-40GB", 312e12, 250),
+        ("NVIDIA A100 80GB PCIe", 312e12, 300),
+        ("A100", 312e12, None),
+        ("NVIDIA L4", 121e12, 72),
+        ("NVIDIA L40S", 362e12, 350),
+        ("NVIDIA GeForce RTX 4090", 165e12, 450),
     ],
 )
-def test_peak_flops_of_known_gpus(name, peak):
-    assert peak_flops(name) == peak
+def test_known_gpus(name, peak, watts):
+    assert (peak_flops(name), power_limit(name)) == (peak, watts)
 
 
 @pytest.mark.parametrize("name", ["Tesla V100-SXM2-16GB", "NVIDIA H20", "NVIDIA A10", "Quadro X", ""])
 def test_peak_flops_of_unknown_gpus(name):
-    assert peak_flops(name) is None
+    assert peak_flops(name) is None and power_limit(name) is None
 
 
 @pytest.mark.parametrize("name", ["NVIDIA L40", "NVIDIA RTX A1000"])

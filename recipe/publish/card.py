@@ -16,6 +16,7 @@ from recipe.config import FINEWEB, INSTALLED_DOCS
 from recipe.evaluation.records import COMPARABLE, metrics_of, read_results, scores_kind, task_label
 from recipe.evaluation.references import COMPLETION_TASK, HELLASWAG_ITEMS, LLMC_CURVES, LLMC_SOURCE, references
 from recipe.files import read_json_lines, write_text
+from recipe.gpus import power_limit
 from recipe.monitor.metrics import format_duration
 from recipe.monitor.run_record import RunRecord, sample_files
 from recipe.publish.contents import LOSS_CURVE, MARKER, TRAINING_CONFIG
@@ -31,11 +32,6 @@ DATA_SOURCES = {
     INSTALLED_DOCS: "the documentation and docstrings of the Python packages installed where it was trained, under their own "
     "licences; a model for trying the recipe out, not for use",
 }
-POWER_LIMITS = {
-    "H200": 700, "H100 PCIe": 350, "H100 NVL": 400, "H100": 700, "A100 80GB PCIe": 300, "A100-PCIE": 250, "A100-SXM": 400,
-    "L40S": 350, "L4": 72, "RTX 4090": 450,
-}  # fmt: skip
-"""Watts, from NVIDIA's data sheets, by a part of the device's name; the first match counts."""
 _CITATIONS = {
     "gpt2": "Radford, Wu, Child, Luan, Amodei, Sutskever: Language Models are Unsupervised Multitask Learners, 2019.",
     "fineweb": "Penedo, Kydlíček, Ben allal, Lozhkov, Mitchell, Raffel, von Werra, Wolf: The FineWeb Datasets: Decanting the "
@@ -158,7 +154,7 @@ def _cost(run: RunRecord, seconds: float) -> list[str]:
     if dollars:
         lines.append(f"- {dollars:,.2f} dollars for the training steps, at {price:g} dollars an hour.")
     (ranks, gpu), *others = run.machines
-    watts = next((limit for name, limit in POWER_LIMITS.items() if re.search(rf"\b{name}", gpu)), None)
+    watts = power_limit(gpu)
     if watts and not others:
         energy = watts * ranks * seconds / 3600 / 1000
         lines.append(f"- Energy, an estimate: {energy:,.2f} kWh, the GPUs at their limit of {watts} W, without the rest.")
