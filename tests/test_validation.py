@@ -196,6 +196,17 @@ def test_estimate_reads_few_units(tmp_path, encoder, monkeypatch):
     assert seen[-1].start > 70
 
 
+def test_estimate_reads_the_beginning_of_a_large_unit(tmp_path, encoder, monkeypatch):
+    texts = TEXTS["documents"]
+    corpus = open_training(write_parquet(tmp_path / "a.parquet", texts, group=len(texts)))
+    exact, read, seen = sum(map(len, encoder.encode(texts))), corpus.read, []
+    monkeypatch.setattr(corpus, "read", lambda unit: (seen.append(text) or text for text in read(unit)))
+    monkeypatch.setattr(validation, "EXACT_COUNT_BYTES", 0)
+    monkeypatch.setattr(validation, "SAMPLE_BYTES", corpus.text_bytes // 5)
+    assert count_tokens(corpus, encoder) == (pytest.approx(exact, rel=0.1), False)
+    assert len(texts) // 10 < len(seen) < len(texts) // 3
+
+
 def check_numbers(corpus: Corpus, planned_tokens: int, max_epochs: int) -> str:
     return check_length(corpus, NumberEncoder(), LENGTH, planned_tokens, max_epochs)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from recipe.config import ConfigError
-from recipe.data.corpus import Corpus
+from recipe.data.corpus import Corpus, Unit
 from recipe.data.packing import find_starts
 from recipe.data.prepared import PreparedCorpus
 from recipe.data.stream import number_of_shards
@@ -22,6 +22,8 @@ LARGEST_SHARE = 20
 """Held out from the training text, the validation set is at most a twentieth of it."""
 EXACT_COUNT_BYTES = 8 << 20
 """Text up to this size is counted exactly, in a second or two; larger text is estimated from a sample."""
+SAMPLE_BYTES = 32 << 20
+"""Text that is read of a unit of the sample: eight of a gigabyte each would not fit the memory of many machines."""
 _CHUNK = 64
 """Documents encoded at a time."""
 
@@ -116,13 +118,24 @@ def count_tokens(corpus: Corpus, encoder: Encoder) -> tuple[int, bool]:
     tokens, unit_bytes = 0.0, 0
     # The sample may be on the Hub, whose answers come sooner side by side.
     with ThreadPoolExecutor(1 if exact else 8) as pool:
-        for unit, texts in zip(units, pool.map(lambda unit: list(corpus.read(unit)), units), strict=True):
+        for texts, size in pool.map(lambda unit: _read_sample(corpus, unit, encoder, exact), units):
             sample = texts if exact else texts[:: max(1, len(texts) // 200)]
             tokens += sum(len(ids) for ids in encoder.encode(sample)) * len(texts) / max(1, len(sample))
-            unit_bytes += unit.text_bytes
+            unit_bytes += size
     if exact:
         return int(tokens), True
     return int(corpus.text_bytes * tokens / max(1, unit_bytes)), False
+
+
+def _read_sample(corpus: Corpus, unit: Unit, encoder: Encoder, whole: bool) -> tuple[list, int]:
+    """Documents of a unit, `whole` or to SAMPLE_BYTES; and their size, of a unit that has been read whole its own estimate."""
+    documents, size = [], 0
+    for document in corpus.read(unit):
+        if size > SAMPLE_BYTES and not whole:
+            return documents, size
+        documents.append(document)
+        size += encoder.text_bytes(document)
+    return documents, unit.text_bytes
 
 
 def share_in_rows(corpus: Corpus, encoder: Encoder, sequence_length: int) -> float:
@@ -134,7 +147,7 @@ def share_in_rows(corpus: Corpus, encoder: Encoder, sequence_length: int) -> flo
     small = corpus.text_bytes <= EXACT_COUNT_BYTES
     starts, position, tokens = deque(), 0, 0
     for unit in corpus.units if small else corpus.units[:: max(1, len(corpus.units) // 8)][:8]:
-        documents = list(corpus.read(unit))
+        documents, _ = _read_sample(corpus, unit, encoder, small)
         lengths = [len(ids) for ids in encoder.encode(documents[:: 1 if small else max(1, len(documents) // 200)])]
         if lengths:
             ends = tokens + np.cumsum(lengths)
