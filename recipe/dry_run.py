@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from recipe.config import INSTALLED_DOCS, Config, ConfigError, compiles, to_yaml
 from recipe.data.corpus import Corpus, open_corpora
 from recipe.data.sources import hub_id, is_local
+from recipe.data.token_index import TOKENIZER, is_prepared
 from recipe.estimate import GIB, Machine, estimate, memory_by_part
 from recipe.gpus import GPUS, cpu
 from recipe.micro_batch import under_zero1
@@ -74,9 +75,12 @@ def _look_at_text(config: Config, plan: Plan, folder: RunFolder, temporary: Path
             there &= found == "found"
             say(name, f"{found}: {value}")
     saved = folder.cache / "tokenizer"
-    local = saved.is_dir() or config.tokenizer.startswith("train:") or is_local(config.tokenizer)
-    found = "found" if local else _ask_hub("model", config.tokenizer, None, "tokenizer", problems)
-    say("tokenizer", f"{found}: {config.tokenizer}{f', kept in {saved}' if saved.is_dir() else ''}")
+    name = config.tokenizer
+    if is_prepared(config.data) and name == Config.tokenizer:
+        name = str(Path(config.data) / TOKENIZER)  # nothing else was asked for, and the tokens bring their own
+    local = saved.is_dir() or name.startswith("train:") or is_local(name)
+    found = "found" if local else _ask_hub("model", name, None, "tokenizer", problems)
+    say("tokenizer", f"{found}: {name}{f', kept in {saved}' if saved.is_dir() else ''}")
     if not there or found != "found":
         return _load(config, folder, None)[0] if found == "found" else None
     if config.data == INSTALLED_DOCS and not any(folder.cache.glob("installed-docs-*")):

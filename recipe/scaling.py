@@ -1,9 +1,10 @@
 """What a token costs as the GPUs grow: a step taken apart into what one GPU computes and what all of them exchange.
 
-The parts: a GPU's speed and what a step costs it however few tokens it has, measured on one H100 (docs/results.md); the bytes
-that the ranks reduce and gather, counted on two ranks (tests/test_scaling.py); rates of the links, from data sheets. Of several
-GPUs two H200s have been measured, where 124M reached 98.5% of twice one card's speed and this says 99.7%: cards wait for the
-slower one. Not in the model: that, a network shared with others, slow storage. Imports no torch.
+The parts: a GPU's speed, measured on one H100 and one H200, and what a step costs however few tokens it has, measured on the
+H100 (docs/results.md); the bytes that the ranks reduce and gather, counted on two ranks (tests/test_scaling.py); rates of the
+links, from data sheets. Of several GPUs two H200s have been measured, where 124M reached 98.5% of twice one card's speed and
+this says 99.7%: cards wait for the slower one. Not in the model: that, a network shared with others, slow storage. Imports no
+torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure what several GPUs of this host bring, in one run of under ten minutes on 8 H100s.
+"""Measure what several GPUs of this host bring, in under ten minutes (--time_limit); stages that find no time say so.
 
     python scripts/scaling.py configs/gpt2-124m.yaml configs/gpt2-124m-fast.yaml --processes 8 --data my_text \
         --output scaling.json [--tokenizer ...] [--field value ...]

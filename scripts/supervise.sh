@@ -9,4 +9,4 @@ set -euo pipefail
 case ${1:---help} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 [ $# -ge 2 ] || { sed -n '3s/^# *//p' "$0" >&2; exit 2; }
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} exec "${PYTHON:-python}" -m recipe.supervision "$@"
+PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} exec "${PYTHON:-python}" -P -m recipe.supervision "$@"

@@ -40,6 +40,7 @@ CASES = {
     "folder, its tokenizer": {"data": "text", "tokenizer": "tokenizer"},
     "folder, too short": {"data": "text", "max_steps": 100_000},
     "prepared": {"data": "tokens", "tokenizer": "tokenizer"},
+    "prepared, no tokenizer named": {"data": "tokens", "tokenizer": "openai-community/gpt2"},
     "prepared on the Hub": {"data": "Org/tokens", "tokenizer": "tokenizer"},
     "push, new": {"data": "text", "push_to_hub": "tester/new"},
     "push, not ours": {"data": "text", "push_to_hub": "Org/gpt2"},
@@ -120,7 +121,9 @@ def first_rows(work: Path) -> list[str]:
     return [tokenizer.decode(row.tolist())[:300] for row in np.asarray(rows[:3])]
 
 
-FULL = ("Hub", "Hub, its tokenizer", "folder", "folder, its tokenizer", "prepared")
+FULL = ("Hub", "Hub, its tokenizer", "folder", "folder, its tokenizer", "prepared", "prepared, no tokenizer named")
+OWN = "tokens/tokenizer"
+"""The tokenizer of prepared tokens."""
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -132,7 +135,7 @@ def test_the_whole_report(work: Path, name: str) -> None:
     parameters = 400 * 32 + 64 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
     for line in (
         f"data found: {fields['data']}",
-        f"tokenizer found: {fields['tokenizer']}",
+        f"tokenizer found: {OWN if 'no tokenizer' in name else fields['tokenizer']}",
         f"parameters {parameters:,}",
         f"model GPT2LMHeadModel, {parameters:,} parameters, and {112 * 32:,} that pad the vocabulary",
         "tokens in all 2,048",
@@ -152,7 +155,7 @@ def test_the_whole_report(work: Path, name: str) -> None:
 
 def test_the_rows_shown_are_the_first_of_the_run(work: Path) -> None:
     expected = [" ".join(repr(text).split()) + " ..." for text in first_rows(work)]
-    for name in ("folder, its tokenizer", "prepared"):
+    for name in ("folder, its tokenizer", "prepared", "prepared, no tokenizer named"):
         told = lines(result(work, name))
         begin = next(i for i, line in enumerate(told) if line.startswith("first batch")) + 1
         assert list(told[begin : begin + 3]) == expected

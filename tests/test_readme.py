@@ -23,7 +23,7 @@ COMMANDS = [
 APPENDED = {
     "accelerate launch": "",  # see below
     "python scripts/pretrain.py configs/gpt2-124m.yaml --data my_text": "",
-    "python scripts/pretrain.py configs/gpt2-124m.yaml --data my_tokens": "--max_steps 1 --warmup_steps 0 --max_epochs 99",
+    "python scripts/pretrain.py configs/gpt2-124m.yaml --data my_tokens": "",
     "python scripts/evaluate.py": "--data_dir mini --limit 8",
     "python scripts/push.py": "--help",
     "python scripts/watch.py": "--once",

@@ -21,7 +21,17 @@ from recipe.config import Config, ConfigError
 from recipe.parsing import load_config
 from recipe.plan import make_plan
 from recipe.search import places, processes, running
-from recipe.search.comparison import End, ends_of, fit_group, literature_floor, noise_of, predict, ratios_of, trained
+from recipe.search.comparison import (
+    LLMC_TOKENS,
+    End,
+    ends_of,
+    fit_group,
+    literature_floor,
+    noise_of,
+    predict,
+    ratios_of,
+    trained,
+)
 from recipe.search.places import find_places
 from recipe.search.processes import Forked, Interrupted, Pool, run_forked, signals_noted
 from recipe.search.report import SECTIONS, write_report
@@ -904,9 +914,9 @@ def test_the_prediction_is_that_of_the_laws(records: list[dict]) -> None:
     fits_of = {g: fit_group(g, ends[g], noise, None) for g in ("fast", "llmc")}
     base = str(ROOT / "configs" / "gpt2-124m-fast.yaml")
     held, continued = predict(ratios_of(ends), fits_of["fast"], fits_of["llmc"], base, {"8xA100-80GB": 14.0})
-    true = LAWS["fast"].tokens(LAWS["llmc"].loss(9.9e9))
+    true = LAWS["fast"].tokens(LAWS["llmc"].loss(LLMC_TOKENS))
     assert continued.low < true < continued.high
-    assert held.tokens == pytest.approx(9.9e9 * ratios_of(ends)[3].tokens) and held.low is None
+    assert held.tokens == pytest.approx(LLMC_TOKENS * ratios_of(ends)[3].tokens) and held.low is None
     ((machine, cost),) = held.costs
     assert machine == "8xA100-80GB" and cost.tokens == pytest.approx(held.tokens, rel=1e-3)
     assert cost.dollars == pytest.approx(14 * cost.hours)
