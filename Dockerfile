@@ -1,11 +1,12 @@
 # The recipe with CUDA's build of torch; the driver comes from the host (NVIDIA's container toolkit):
 #
 #   docker build -t gpt2-recipe .
-#   docker run --gpus all --ipc=host -v "$PWD/runs:/recipe/runs" gpt2-recipe \
+#   docker run --init --gpus all --ipc=host -v "$PWD/runs:/recipe/runs" gpt2-recipe \
 #     bash scripts/supervise.sh configs/accelerate/8xa100-zero1.yaml configs/gpt2-124m.yaml
 #   docker run --rm gpt2-recipe python scripts/pretrain.py --help
 #
-# --ipc=host: NCCL's ranks share memory, of which a container has 64 MB. `docker stop --time 120` leaves time to save: the script
+# --ipc=host: NCCL's ranks share memory, of which a container has 64 MB. --init: a first process that takes note of every other's
+# end. `docker stop --time 120` leaves time to save: the script
 # hands the signal on to the ranks, where `accelerate launch` as a container's first process would not hear it.
 FROM python:3.12-slim-bookworm
 

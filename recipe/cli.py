@@ -5,6 +5,7 @@ Nothing here imports torch before the configuration is known to be good, so that
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipe.config import Config, ConfigError, first_line
+from recipe.files import write_text
 from recipe.micro_batch import under_zero1
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, load_run
 from recipe.remedies import Situation, explain
@@ -44,7 +46,8 @@ def main(arguments: list[str]) -> int:
 def note_exit(code: int) -> None:
     """Tell scripts/supervise.sh, if it has asked, how the process ends."""
     if path := os.environ.get("PRETRAIN_EXIT_FILE"):
-        Path(path).write_text(f"{code}\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # who has asked may be gone
+            write_text(Path(path), f"{code}\n")
 
 
 def fault_is_noted() -> bool:

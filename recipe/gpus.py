@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 CARDS = {
     "H200": (989e12, 700), "H100 PCIe": (756e12, 350), "H100 NVL": (835e12, 400), "H100": (989e12, 700),
-    "A100 80GB PCIe": (312e12, 300), "A100-PCIE": (312e12, 250), "A100-SXM4": (312e12, 400), "A100": (312e12, None),
+    "A100 80GB PCIe": (312e12, 300), "A100-PCIE": (312e12, 250), "A100-SXM4?": (312e12, 400), "A100": (312e12, None),
     "L40S": (362e12, 350), "L4": (121e12, 72), "RTX 4090": (165e12, 450),
 }  # fmt: skip
-"""Dense bf16 peak in FLOP/s and power limit in watts by data sheet, by a part of the device's name; the first match counts."""
+"""Dense bf16 peak in FLOP/s and power limit in watts of the data sheet, by a pattern of the device's name; the first match
+counts."""
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -8,13 +8,16 @@ import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from recipe.launches import children
 from recipe.signals import STOP_SIGNALS
 
-SHUTDOWN_S = 120
-"""Seconds that the launcher leaves its workers to save, from torch 2.13 on; before, 30."""
+
+def shutdown_seconds() -> float:
+    """That a launcher leaves its workers to save, from torch 2.13 on; before, 30."""
+    return float(os.environ.get("PET_SHUTDOWN_TIMEOUT") or 120)
 
 
 class Launcher:
@@ -32,20 +35,21 @@ class Launcher:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
-    def launch(self, command: list[str]) -> tuple[int | None, int]:
+    def launch(self, command: list[str], settle: Callable[[], None] = lambda: None) -> tuple[int | None, int]:
         """Start it and wait for its end.
 
+        Args:
+            settle: waits for workers that outlive their launcher; what they note until then counts.
         Returns:
             the exit code that pretrain.py's first rank, or one with a fault, has noted, None if none has; the launcher's own.
         """
         with tempfile.TemporaryDirectory() as temporary:
             noted = Path(temporary) / "code"
-            environment = {
-                "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
+            environment = os.environ | {
+                "PRETRAIN_EXIT_FILE": str(noted),
                 # For a signal that reaches the launcher past us: it would die of a SIGUSR1, and leave its workers 30 s to save.
                 "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-                **os.environ,
-                "PRETRAIN_EXIT_FILE": str(noted),
+                "PET_SHUTDOWN_TIMEOUT": f"{shutdown_seconds():g}",
             }
             # In a session of its own, so that a signal to our group, such as a Ctrl-C, reaches it once, through us.
             self._process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -53,7 +57,10 @@ class Launcher:
                 self._stop_workers()
             code = self._process.wait()
             self._process = None
-            return int(noted.read_text(encoding="utf-8")) if noted.is_file() else None, code
+            settle()
+            with contextlib.suppress(OSError, ValueError):
+                return int(noted.read_text(encoding="utf-8")), code
+            return None, code
 
     def _note(self, _number: int, _frame: object) -> None:
         first, self.stopping = not self.stopping, True

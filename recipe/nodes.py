@@ -13,7 +13,7 @@ import yaml
 
 from recipe.cli import EXIT_CONFIG, EXIT_FAULT, EXIT_OK, EXIT_STOPPED
 from recipe.config import ConfigError
-from recipe.launcher import SHUTDOWN_S, Launcher
+from recipe.launcher import Launcher, shutdown_seconds
 from recipe.launches import launch_command
 from recipe.run_folder import RunFolder
 
@@ -79,20 +79,21 @@ def run_node(node: Node, accelerate_file: str, script: Path, arguments: list[str
     """Start this node's launcher, pass SIGTERM, SIGINT and SIGUSR1 on to its workers, and wait for it.
 
     Returns:
-        0 the run is finished; 2 its configuration is bad; 75 start it again: it was stopped after saving, or a fault has ended
-        it that came after a new checkpoint; 1 a fault that came before any. The same on every node.
+        0 the run is finished; 2 its configuration is bad; 75 start it again: it was stopped, or a fault has ended it that came
+        after a new checkpoint; 1 a fault that came before any. The same on every node.
     """
     folder = RunFolder(Path(output_dir))
     before, began = folder.newest_step(), time.time()
-    noted, code = Launcher(repeat=False).launch(node.launch(accelerate_file, script, arguments))
+    launcher = Launcher(repeat=False)
+    noted, code = launcher.launch(node.launch(accelerate_file, script, arguments))
     if noted is not None:
         code = noted
     elif code:
         # Who ends first takes the others with him, under SkyPilot: the first node may still be saving.
-        code = _told_by_the_folder(folder, began, SHUTDOWN_S)
+        code = _told_by_the_folder(folder, began, shutdown_seconds())
     if code in (EXIT_OK, EXIT_CONFIG, EXIT_STOPPED):
         return code
-    return EXIT_STOPPED if folder.newest_step() > before else EXIT_FAULT
+    return EXIT_STOPPED if launcher.stopping or folder.newest_step() > before else EXIT_FAULT
 
 
 def _told_by_the_folder(folder: RunFolder, began: float, seconds: float) -> int:

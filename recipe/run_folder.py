@@ -137,8 +137,8 @@ class RunFolder:
 
     def newest_step(self) -> int:
         """That of the newest finished checkpoint, -1 without one."""
-        steps = [int(path.parent.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*/MANIFEST.json")]
-        return max(steps, default=-1)
+        names = [path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/MANIFEST.json")]
+        return max((int(name) for name in names if name.isdecimal()), default=-1)
 
     def has_ended(self) -> bool:
         """Whether status.json says that the run was stopped or has failed."""

@@ -142,11 +142,17 @@ class ScalingRun:
         errors = []
         for ranks in (1, self.most):
             jobs = [((config, ranks), self._losses_command(config, ranks)) for config in self.configs]
-            if ranks == 1:
-                jobs += [((config, SMALLER), self._losses_command(config, 1, smaller=True)) for config in self.configs]
             done, failed = self._launch_all("losses", jobs, ranks, deadline)
             curves |= done
             errors += failed
+        rows_of = {config: curves[config, 1]["micro_batch_size"] for config in self.configs if (config, 1) in curves}
+        jobs = [
+            ((config, SMALLER), self._losses_command(config, 1, largest_proper_divisor(rows)))
+            for config, rows in rows_of.items()
+            if rows > 1
+        ]
+        # It tells what to make of the others, and keeps them from nothing if no time is left for it.
+        curves |= self._launch_all("losses", jobs, 1, deadline)[0]
         rows = []
         for config in self.configs:
             one, many, smaller = (curves.get((config, key)) for key in (1, self.most, SMALLER))
@@ -223,13 +229,10 @@ class ScalingRun:
     def _losses_batch(self, config: str) -> dict[str, str]:
         return {"batch_tokens": str(min(LOSSES_TOKENS, load_config([config, *_words(self.fields)]).batch_tokens))}
 
-    def _losses_command(self, config: str, ranks: int, smaller: bool = False) -> list[str]:
+    def _losses_command(self, config: str, ranks: int, micro_batch_size: int | None = None) -> list[str]:
         fields = self.fields | self._losses_batch(config)
-        if smaller:
-            read = load_config([config, *_words(fields)])
-            # As many rows at a time as each of the ranks has, or half of those that are asked for.
-            asked = read.micro_batch_size and read.micro_batch_size // 2
-            fields["micro_batch_size"] = str(max(1, asked or read.batch_tokens // (read.sequence_length * self.most)))
+        if micro_batch_size:
+            fields["micro_batch_size"] = str(micro_batch_size)
         words = ["losses", config, *_words(fields), "--steps", str(self.losses_steps), "--json"]
         return accelerate_command(self._file("ZeRO-1", ranks), ranks, "benchmark.py", *words)
 
@@ -318,6 +321,11 @@ def run_stages(
 def efficiency(speed: float, one: float, ranks: int) -> float:
     """Of `ranks` GPUs: their tokens/s over as many times those of one."""
     return speed / (ranks * one)
+
+
+def largest_proper_divisor(number: int) -> int:
+    """Of a number above 1: below it, and it divides what the number divides."""
+    return next(number // divisor for divisor in range(2, number + 1) if number % divisor == 0)
 
 
 def compare(expected: list[float], found: list[float], first: int = 1) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 # waited for: `accelerate launch` alone dies of a SIGUSR1, or of any signal with one process, before they have saved.
 # Environment: PYTHON (python), SUPERVISE_PAUSE (5, seconds before a restart).
 set -euo pipefail
-case ${1:---help} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
+case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;; esac
 [ $# -ge 2 ] || { sed -n '3s/^# *//p' "$0" >&2; exit 2; }
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} exec "${PYTHON:-python}" -P -m recipe.supervision "$@"

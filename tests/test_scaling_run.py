@@ -20,7 +20,7 @@ from recipe.estimate import MEASURED_SCALING, parse_machine, tokens_per_second
 from recipe.launches import Launch, LaunchError, descendants
 from recipe.overlap import communication, kind_of, length, uncovered, union
 from recipe.parsing import load_config
-from recipe.scaling_run import STAGES, ScalingRun, compare, efficiency, last_json, run_stages
+from recipe.scaling_run import STAGES, ScalingRun, compare, efficiency, largest_proper_divisor, last_json, run_stages
 from recipe.scaling_table import markdown
 from recipe.tokenizer import train_tokenizer
 
@@ -91,6 +91,7 @@ def test_a_step_is_divided_into_its_parts() -> None:
 
 
 def test_efficiency_and_differences() -> None:
+    assert [largest_proper_divisor(n) for n in (2, 5, 9, 15, 64)] == [1, 1, 3, 5, 32]
     assert efficiency(7.6e6, 1e6, 8) == pytest.approx(0.95)
     apart = compare([3.0, 2.0, 1.0], [3.0, 2.5, 0.75], first=21)
     assert apart == {"steps": 3, "largest": 0.5, "at_step": 22, "mean": 0.25}

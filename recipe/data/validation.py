@@ -15,6 +15,7 @@ from recipe.config import ConfigError
 from recipe.data.corpus import Corpus, Unit
 from recipe.data.packing import find_starts
 from recipe.data.prepared import PreparedCorpus
+from recipe.data.sources import file_format
 from recipe.data.stream import number_of_shards
 from recipe.tokenizer import Encoder
 
@@ -23,7 +24,7 @@ LARGEST_SHARE = 20
 EXACT_COUNT_BYTES = 8 << 20
 """Text up to this size is counted exactly, in a second or two; larger text is estimated from a sample."""
 SAMPLE_BYTES = 32 << 20
-"""Text that is read of a unit of the sample: eight of a gigabyte each would not fit the memory of many machines."""
+"""Text that is kept of a unit: eight of a gigabyte each would not fit the memory of many machines."""
 _CHUNK = 64
 """Documents encoded at a time."""
 
@@ -115,27 +116,34 @@ def count_tokens(corpus: Corpus, encoder: Encoder) -> tuple[int, bool]:
         return corpus.tokens, True
     exact = corpus.text_bytes <= EXACT_COUNT_BYTES
     units = corpus.units if exact else corpus.units[:: max(1, len(corpus.units) // 8)][:8]
-    tokens, unit_bytes = 0.0, 0
+    tokens, unit_bytes, limit = 0.0, 0, math.inf if exact else SAMPLE_BYTES
     # The sample may be on the Hub, whose answers come sooner side by side.
     with ThreadPoolExecutor(1 if exact else 8) as pool:
-        for texts, size in pool.map(lambda unit: _read_sample(corpus, unit, encoder, exact), units):
+        for unit, (texts, share) in zip(
+            units, pool.map(lambda unit: _read_sample(corpus, unit, encoder, limit), units), strict=True
+        ):
             sample = texts if exact else texts[:: max(1, len(texts) // 200)]
-            tokens += sum(len(ids) for ids in encoder.encode(sample)) * len(texts) / max(1, len(sample))
-            unit_bytes += size
+            tokens += sum(len(ids) for ids in encoder.encode(sample)) * len(texts) / max(1, len(sample)) / share
+            unit_bytes += unit.text_bytes
     if exact:
         return int(tokens), True
     return int(corpus.text_bytes * tokens / max(1, unit_bytes)), False
 
 
-def _read_sample(corpus: Corpus, unit: Unit, encoder: Encoder, whole: bool) -> tuple[list, int]:
-    """Documents of a unit, `whole` or to SAMPLE_BYTES; and their size, of a unit that has been read whole its own estimate."""
-    documents, size = [], 0
+def _read_sample(corpus: Corpus, unit: Unit, encoder: Encoder, limit: float) -> tuple[list, float]:
+    """Documents of a unit, to `limit` bytes, and what share of it they are."""
+    # The size of a row group is known; what compressed lines come to is a guess, until they have been read.
+    known = file_format(corpus.files[unit.file]) == "parquet"
+    documents, kept, size = [], 0, 0
     for document in corpus.read(unit):
-        if size > SAMPLE_BYTES and not whole:
-            return documents, size
-        documents.append(document)
-        size += encoder.text_bytes(document)
-    return documents, unit.text_bytes
+        length = encoder.text_bytes(document)
+        size += length
+        if kept < limit:
+            documents.append(document)
+            kept += length
+        elif known:
+            return documents, min(1.0, kept / max(1, unit.text_bytes))
+    return documents, kept / size if size else 1.0
 
 
 def share_in_rows(corpus: Corpus, encoder: Encoder, sequence_length: int) -> float:
@@ -147,7 +155,7 @@ def share_in_rows(corpus: Corpus, encoder: Encoder, sequence_length: int) -> flo
     small = corpus.text_bytes <= EXACT_COUNT_BYTES
     starts, position, tokens = deque(), 0, 0
     for unit in corpus.units if small else corpus.units[:: max(1, len(corpus.units) // 8)][:8]:
-        documents, _ = _read_sample(corpus, unit, encoder, small)
+        documents, _ = _read_sample(corpus, unit, encoder, math.inf if small else SAMPLE_BYTES)
         lengths = [len(ids) for ids in encoder.encode(documents[:: 1 if small else max(1, len(documents) // 200)])]
         if lengths:
             ends = tokens + np.cumsum(lengths)
