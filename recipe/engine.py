@@ -20,6 +20,7 @@ from torch.profiler import record_function
 from recipe.config import Config, compiles
 from recipe.distributed import Distributed
 from recipe.gradient_sums import GradientSums
+from recipe.host_memory import HostMemory
 from recipe.kernels import choose_kernels
 from recipe.model import PretrainingModel
 from recipe.optim.groups import ParameterGroup, make_optimizer, parameter_groups, set_hyperparameters
@@ -90,23 +91,21 @@ class Engine:
         mean = self.distributed.mean(total.detach().clone())
         return loss * torch.where(mean > limit, float("nan"), 1.0)
 
-    def full_state(self, buffers: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def full_state(self, memory: HostMemory | None = None) -> dict[str, torch.Tensor]:
         """Masters and moments in fp32 on the CPU of rank 0 (empty elsewhere), the same under every engine and number of
         ranks: `model.NAME`; `exp_avg.NAME` and `exp_avg_sq.NAME` of AdamW's parameters, `momentum_buffer.NAME` of Muon's,
         with NAME as in GPT2LMHeadModel, and with NorMuon `second_momentum_buffer.NAME`, a value for each output; and AdamW's
         `step`. Collective.
 
         Args:
-            buffers: an earlier full state, of which nothing is needed any more, to be overwritten by this one.
+            memory: for its tensors, which overwrite those of an earlier full state there.
         """
-        state, buffers = {}, buffers or {}
+        state = {}
         for kind, name, tensor in itertools.chain(self._full_tensors(), self._neuron_tensors()):
             if self.distributed.is_main:
                 key = f"{kind}.{name.removeprefix('gpt2.')}"
-                if key not in buffers:
-                    # Page-locked memory is filled at 25 GB/s or more, other memory at 3 or so.
-                    buffers[key] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=self.distributed.cuda)
-                state[key] = buffers[key].copy_(tensor, non_blocking=True)
+                place = memory.tensor(key, tensor.shape) if memory else torch.empty(tensor.shape, dtype=torch.float32)
+                state[key] = place.copy_(tensor, non_blocking=True)
         if self.distributed.is_main:
             state["step"] = self._optimizer_step().detach().cpu().float().reshape(1).clone()
         if self.distributed.cuda:

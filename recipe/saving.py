@@ -16,6 +16,7 @@ from recipe import checkpoint
 from recipe.config import Config, ConfigError, config_hash, parse_steps
 from recipe.distributed import Distributed
 from recipe.engine import Engine
+from recipe.host_memory import HostMemory
 from recipe.plan import Plan, count_parameters
 from recipe.rng import gather_rng
 from recipe.watchdog import Watchdog
@@ -37,7 +38,7 @@ class Saver:
         self.folder, self.config = folder, config
         self._distributed, self._watchdog = distributed, watchdog
         self._thread: threading.Thread | None = None
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._memory = HostMemory(distributed.cuda)
         self._error: Exception | None = None
         self._done: list[dict[str, Any]] = []
         self.longest = 0.0
@@ -55,12 +56,12 @@ class Saver:
         began = time.monotonic()
         self.wait()
         alone = time.monotonic()  # the save before this one is no part of it
-        self._buffers = engine.full_state(self._buffers)
+        full_state = engine.full_state(self._memory)
         result = {"step": step, "save_stall_seconds": time.monotonic() - began}
         if not self._distributed.is_main:
             return
         self._watchdog.writing_since = alone
-        arguments = (self._buffers, state, about | self._circumstances(engine), rng, alone, result)
+        arguments = (full_state, state, about | self._circumstances(engine), rng, alone, result)
         # Not a daemon: an interpreter that ends in the ordinary way lets it finish.
         self._thread = threading.Thread(target=self._write, args=arguments, name="save")
         self._thread.start()
