@@ -14,6 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
 from recipe.files import output_file
+from recipe.signals import leave
 
 
 def main() -> int:
@@ -52,4 +53,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -16,6 +16,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where evaluate.py would hide the package evaluate
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
+from recipe.signals import leave
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -53,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -17,6 +17,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where evaluate.py would hide the package evaluate
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
+from recipe.signals import leave
+
 
 def take_option(words: list[str], name: str) -> str | None:
     """Remove `--name VALUE` from the words; its value, empty if it lacks one, None without the option."""
@@ -102,4 +104,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__.strip())
         sys.exit(0)
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 from recipe.config import HUB_REPO, ConfigError
+from recipe.signals import leave
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,4 +114,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -35,6 +35,7 @@ from recipe.files import output_file, write_json, write_text
 from recipe.micro_batch import count_gpus
 from recipe.scaling_run import STAGES, ScalingRun, run_stages
 from recipe.scaling_table import markdown
+from recipe.signals import leave
 
 
 def parse_stages(text: str) -> dict[str, float]:
@@ -149,4 +150,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

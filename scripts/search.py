@@ -25,6 +25,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
+from recipe.signals import leave
+
 OPTIONS = {
     "results": "", "scratch": "runs/search", "time_limit": "", "side_by_side": "auto", "report": "", "price_8xa100": "14",
     "price_8xh100": "24",
@@ -106,4 +108,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__.strip())
         sys.exit(0)
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
