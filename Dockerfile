@@ -6,8 +6,8 @@
 #   docker run --rm gpt2-recipe python scripts/pretrain.py --help
 #
 # --ipc=host: NCCL's ranks share memory, of which a container has 64 MB. --init: a first process that takes note of every other's
-# end. `docker stop --time 120` leaves time to save: the script
-# hands the signal on to the ranks, where `accelerate launch` as a container's first process would not hear it.
+# end. `docker stop --time 120` leaves time to save: the script hands the signal on to the ranks, where `accelerate launch` as a
+# container's first process would not hear it.
 FROM python:3.12-slim-bookworm
 
 # Triton compiles its launchers.

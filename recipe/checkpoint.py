@@ -26,10 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from recipe.checkpoint_folders import MANIFEST, checkpoint_folders, step_of
 from recipe.files import sha256, sync, sync_folder, write_json
 
-MANIFEST = "MANIFEST.json"
-_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}\.tmp")
 _MOMENTS = ("exp_avg.", "exp_avg_sq.", "momentum_buffer.", "second_momentum_buffer.")
 
@@ -184,8 +183,8 @@ def find_newest(folder: Path, at_most: int | None = None) -> tuple[Checkpoint | 
         at_most: a step; those behind it are not looked at.
     """
     skipped = []
-    for path in reversed(_folders(folder)):
-        if at_most is not None and _step(path) > at_most:
+    for path in reversed(checkpoint_folders(folder)):
+        if at_most is not None and step_of(path) > at_most:
             continue
         try:
             return verify(path), skipped
@@ -209,11 +208,11 @@ def rotate(
     Returns:
         what could not be deleted, and why.
     """
-    committed = [p for p in _folders(folder) if (p / MANIFEST).is_file()]
+    committed = [p for p in checkpoint_folders(folder) if (p / MANIFEST).is_file()]
     kept = set(committed[-keep:])
     if keep_every:
-        kept |= {p for p in committed if _step(p) % keep_every == 0}
-    kept |= {p for p in committed if _step(p) in keep_steps}
+        kept |= {p for p in committed if step_of(p) % keep_every == 0}
+    kept |= {p for p in committed if step_of(p) in keep_steps}
     if keep_best:
         losses = {p: loss for p in committed if (loss := _validation_loss(p)) is not None}
         kept |= {min(losses, key=losses.get)} if losses else set()
@@ -238,8 +237,8 @@ def set_aside(folder: Path, start: Checkpoint) -> list[Path]:
         their new paths.
     """
     moved = []
-    for path in _folders(folder):
-        if _step(path) < start.step or path.resolve() == start.path.resolve():
+    for path in checkpoint_folders(folder):
+        if step_of(path) < start.step or path.resolve() == start.path.resolve():
             continue
         target, number = path.with_name(f"superseded-{path.name}"), 1
         while target.exists():
@@ -250,11 +249,6 @@ def set_aside(folder: Path, start: Checkpoint) -> list[Path]:
     if moved:
         sync_folder(folder)
     return moved
-
-
-def committed_steps(folder: Path) -> list[int]:
-    """The steps of the folders below `folder` that have a manifest, in ascending order."""
-    return [_step(p) for p in _folders(folder) if (p / MANIFEST).is_file()]
 
 
 def remove(path: Path) -> None:
@@ -279,13 +273,3 @@ def _validation_loss(path: Path) -> float | None:
     except (OSError, ValueError, AttributeError):
         return None
     return loss if isinstance(loss, float) else None
-
-
-def _step(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
-
-
-def _folders(folder: Path) -> list[Path]:
-    """The folders named like checkpoints, by step."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name)]
-    return sorted(found, key=_step)

@@ -75,12 +75,12 @@ def _look_at_text(config: Config, plan: Plan, folder: RunFolder, temporary: Path
             there &= found == "found"
             say(name, f"{found}: {value}")
     saved = folder.cache / "tokenizer"
-    name = config.tokenizer
-    if is_prepared(config.data) and name == Config.tokenizer:
-        name = str(Path(config.data) / TOKENIZER)  # nothing else was asked for, and the tokens bring their own
-    local = saved.is_dir() or name.startswith("train:") or is_local(name)
-    found = "found" if local else _ask_hub("model", name, None, "tokenizer", problems)
-    say("tokenizer", f"{found}: {name}{f', kept in {saved}' if saved.is_dir() else ''}")
+    wanted = config.tokenizer
+    if is_prepared(config.data) and wanted == Config.tokenizer:
+        wanted = str(Path(config.data) / TOKENIZER)  # nothing else was asked for, and the tokens bring their own
+    local = saved.is_dir() or wanted.startswith("train:") or is_local(wanted)
+    found = "found" if local else _ask_hub("model", wanted, None, "tokenizer", problems)
+    say("tokenizer", f"{found}: {wanted}{f', kept in {saved}' if saved.is_dir() else ''}")
     if not there or found != "found":
         return _load(config, folder, None)[0] if found == "found" else None
     if config.data == INSTALLED_DOCS and not any(folder.cache.glob("installed-docs-*")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -101,7 +100,7 @@ def _told_by_the_folder(folder: RunFolder, began: float, seconds: float) -> int:
     deadline = time.monotonic() + seconds
     path = folder.path / "status.json"
     while time.monotonic() < deadline and path.is_file() and path.stat().st_mtime >= began:
-        status = json.loads(path.read_text(encoding="utf-8"))
+        status = folder.read_status()
         if status["state"] != "running":
             return status["exit_code"]
         time.sleep(0.5)

@@ -17,10 +17,11 @@ from typing import Any, TextIO
 
 import yaml
 
+from recipe.checkpoint_folders import committed_steps
 from recipe.config import INSTALLED_DOCS, NOT_PART_OF_THE_RUN, Config, ConfigError, config_fields, to_yaml
 from recipe.data.sources import is_local
 from recipe.data.token_index import is_prepared
-from recipe.files import write_json, write_text
+from recipe.files import read_json, write_json, write_text
 
 PACKAGES = (
     "torch transformers accelerate datasets tokenizers tiktoken evaluate lm_eval deepspeed safetensors huggingface_hub "
@@ -137,15 +138,15 @@ class RunFolder:
 
     def newest_step(self) -> int:
         """That of the newest finished checkpoint, -1 without one."""
-        names = [path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/MANIFEST.json")]
-        return max((int(name) for name in names if name.isdecimal()), default=-1)
+        return max(committed_steps(self.checkpoints), default=-1)
+
+    def read_status(self) -> dict[str, Any]:
+        """What status.json says; empty if there is none."""
+        return read_json(self.path / "status.json")
 
     def has_ended(self) -> bool:
         """Whether status.json says that the run was stopped or has failed."""
-        try:
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"] in ("stopped", "failed")
-        except (OSError, ValueError, KeyError):
-            return False
+        return self.read_status().get("state") in ("stopped", "failed")
 
     def claim(self, config: Config, environment: dict) -> None:
         """Create and lock the folder and write config.yaml and environment.json; on a continued run they are rewritten."""

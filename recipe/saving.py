@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from recipe import checkpoint
+from recipe.checkpoint_folders import committed_steps
 from recipe.config import Config, ConfigError, config_hash, parse_steps
 from recipe.distributed import Distributed
 from recipe.engine import Engine
@@ -143,7 +144,7 @@ def check_disk(folder: Path, config: Config, plan: Plan, vocab_size: int) -> Non
     """
     parameters = count_parameters(config, vocab_size)
     size = 4 * parameters * 3  # masters and two moments, fp32; Muon has less
-    there = checkpoint.committed_steps(folder)
+    there = committed_steps(folder)
     kept_for_good = len(parse_steps(config.save_at))
     saves = kept_for_good + (plan.max_steps // config.save_every + 1 if config.save_every else 1)
     kept = kept_for_good + config.keep_checkpoints + 1 + config.keep_best  # a new one is whole before an old one goes

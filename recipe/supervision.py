@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -33,14 +32,14 @@ def supervise(accelerate_file: str, arguments: list[str], folder: RunFolder, pau
     """
     launcher = Launcher(repeat=True)
     best, restarts = folder.newest_step(), 0
-    while True:
+    while not launcher.stopping:
         command = [*launch_command(accelerate_file), str(ROOT / "scripts" / "pretrain.py"), *arguments]
         code, _ = launcher.launch(command, settle=lambda: folder.wait_until_free(SAVE_S))
         if code in (EXIT_OK, EXIT_CONFIG, EXIT_STOPPED):
             return code
         if launcher.stopping:
-            return EXIT_STOPPED
-        reached, reason = folder.newest_step(), _reason(folder)
+            break
+        reached, reason = folder.newest_step(), folder.read_status().get("reason", "")
         if reached > best:
             best, restarts = reached, 0
         if restarts == RESTARTS:
@@ -52,15 +51,7 @@ def supervise(accelerate_file: str, arguments: list[str], folder: RunFolder, pau
         resume_at = time.monotonic() + pause
         while time.monotonic() < resume_at and not launcher.stopping:
             time.sleep(0.1)
-        if launcher.stopping:
-            return EXIT_STOPPED
-
-
-def _reason(folder: RunFolder) -> str:
-    try:
-        return json.loads((folder.path / "status.json").read_text(encoding="utf-8"))["reason"]
-    except (OSError, ValueError, KeyError):
-        return ""
+    return EXIT_STOPPED
 
 
 def _say(line: str) -> None:

@@ -84,8 +84,9 @@ def chosen_checkpoints(folder: Path, arguments: argparse.Namespace) -> list:
     if arguments.checkpoint is None and arguments.every is None:
         return []
     from recipe import checkpoint
+    from recipe.checkpoint_folders import committed_steps
 
-    steps = checkpoint.committed_steps(folder)
+    steps = committed_steps(folder)
     chosen = [step for step in steps if step == arguments.checkpoint or (arguments.every and step % arguments.every == 0)]
     if not chosen:
         raise ConfigError(f"checkpoint: none to push; the run has those of steps {', '.join(map(str, steps)) or 'none'}")

@@ -14,7 +14,7 @@ import pytest
 from launch import ROOT, environment
 
 STAND_IN = """
-import fcntl, os, pathlib, signal, subprocess, sys, time
+import os, pathlib, signal, subprocess, sys, time
 folder, kind = pathlib.Path({folder!r}), {kind!r}
 count = len(list(folder.glob("launch-*")))
 (folder / f"launch-{{count}}").touch()

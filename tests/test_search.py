@@ -21,20 +21,10 @@ from recipe.config import Config, ConfigError
 from recipe.parsing import load_config
 from recipe.plan import make_plan
 from recipe.search import places, processes, running
-from recipe.search.comparison import (
-    LLMC_TOKENS,
-    End,
-    ends_of,
-    fit_group,
-    literature_floor,
-    noise_of,
-    predict,
-    ratios_of,
-    trained,
-)
+from recipe.search.comparison import End, ends_of, fit_group, literature_floor, noise_of, predict, ratios_of, trained
 from recipe.search.places import find_places
 from recipe.search.processes import Forked, Interrupted, Pool, run_forked, signals_noted
-from recipe.search.report import SECTIONS, write_report
+from recipe.search.report import SECTIONS, section_pattern, write_report
 from recipe.search.results import append, check_unchanged, key_of, overrides_of, read_results
 from recipe.search.running import Search, fits, predicted_seconds
 from recipe.search.statistics import (
@@ -914,9 +904,9 @@ def test_the_prediction_is_that_of_the_laws(records: list[dict]) -> None:
     fits_of = {g: fit_group(g, ends[g], noise, None) for g in ("fast", "llmc")}
     base = str(ROOT / "configs" / "gpt2-124m-fast.yaml")
     held, continued = predict(ratios_of(ends), fits_of["fast"], fits_of["llmc"], base, {"8xA100-80GB": 14.0})
-    true = LAWS["fast"].tokens(LAWS["llmc"].loss(LLMC_TOKENS))
+    true = LAWS["fast"].tokens(LAWS["llmc"].loss(10.25e9))
     assert continued.low < true < continued.high
-    assert held.tokens == pytest.approx(LLMC_TOKENS * ratios_of(ends)[3].tokens) and held.low is None
+    assert held.tokens == pytest.approx(10.25e9 * ratios_of(ends)[3].tokens) and held.low is None
     ((machine, cost),) = held.costs
     assert machine == "8xA100-80GB" and cost.tokens == pytest.approx(held.tokens, rel=1e-3)
     assert cost.dollars == pytest.approx(14 * cost.hours)
@@ -972,11 +962,9 @@ def test_the_report_of_the_recipes(tmp_path: Path, records: list[dict]) -> None:
         append(results, record | {"stage": stage.name, "name": f"{record['group']}-synthetic"})
     failure = synthetic("fast", 25_000_000, stage=stage.name, name="hot", state="failed", reason="loss is nan | too hot")
     append(results, failure)
-    # Without the tables of what the project itself has found.
-    begin, end = "<!-- begin ", "<!-- end "
-    prose = re.sub(
-        rf"({begin}(\w+) -->\n).*?({end}\2 -->)", r"\1\3", (ROOT / "docs" / "recipe.md").read_text(), flags=re.DOTALL
-    )
+    prose = (ROOT / "docs" / "recipe.md").read_text()
+    for name in SECTIONS:  # without the tables of what the project itself has found
+        prose = section_pattern(name).sub(r"\1\2", prose)
     document.write_text(prose)
     prices = {"8xA100-80GB": 14.0, "8xH100-80GB": 24.0}
     written = write_report([stage], results, document, prices)

@@ -199,7 +199,7 @@ def test_estimate_reads_few_units(tmp_path, encoder, monkeypatch):
 
 
 def reading_few(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let estimates keep a fifth of the text; the documents that are read."""
+    """Let estimates keep 40,000 bytes of a unit; the documents that are read."""
     read, seen = corpus.read, []
     monkeypatch.setattr(corpus, "read", lambda unit: (seen.append(text) or text for text in read(unit)))
     monkeypatch.setattr(validation, "EXACT_COUNT_BYTES", 0)

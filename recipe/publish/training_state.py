@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 from recipe import checkpoint
-from recipe.checkpoint import MANIFEST, Checkpoint
+from recipe.checkpoint import Checkpoint
+from recipe.checkpoint_folders import MANIFEST, committed_steps
 from recipe.config import ConfigError, first_line
 from recipe.distributed import Distributed
 from recipe.publish.contents import MARKER, STATE_FOLDER, HubRecord
@@ -49,7 +50,7 @@ def pull_state(resume: str, folder: RunFolder) -> Checkpoint | None:
                 f"--init_from {repo}@{revision} starts a new run from its weights"
             )
         record = HubRecord(folder)
-        if record.resumed_from == info.sha and checkpoint.committed_steps(folder.checkpoints):
+        if record.resumed_from == info.sha and committed_steps(folder.checkpoints):
             return None
         place = folder.cache / f"hub-{info.sha[:12]}"
         folder.cache.mkdir(parents=True, exist_ok=True)

@@ -111,18 +111,19 @@ def _read_document(document: Path) -> str:
         text = document.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"report: {document} cannot be read: {error.strerror}; name docs/recipe.md") from error
-    missing = [name for name in SECTIONS if not _pattern(name).search(text)]
+    missing = [name for name in SECTIONS if not section_pattern(name).search(text)]
     if missing:
         raise ConfigError(f"report: {document} lacks <!-- begin {missing[0]} --> and <!-- end {missing[0]} -->; put them back")
     return text
 
 
-def _pattern(name: str) -> re.Pattern[str]:
+def section_pattern(name: str) -> re.Pattern[str]:
+    """A section with its markers, which are its groups."""
     return re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
 
 
 def _replace(text: str, name: str, content: str, document: Path) -> str:
-    return _pattern(name).sub(lambda match: f"{match[1]}\n{content.strip()}\n\n{match[2]}", text)
+    return section_pattern(name).sub(lambda match: f"{match[1]}\n{content.strip()}\n\n{match[2]}", text)
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
