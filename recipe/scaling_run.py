@@ -51,6 +51,8 @@ class ScalingRun:
     """For logs and run folders."""
     gpus: int
     """Of this host; 0: CPU processes over gloo."""
+    engines: tuple[str, ...] = ENGINES
+    """That are timed and profiled."""
     speed_steps: int = 12
     """Timed steps on one rank; N ranks take N times as many, so that cards are as warm."""
     losses_steps: int = 200
@@ -100,7 +102,7 @@ class ScalingRun:
 
     def speed(self, deadline: float) -> dict[str, Any]:
         """Whole steps of each config under each engine, on one rank and on each count."""
-        wanted = [(config, engine, n) for n in {1, *self.counts} for engine in ENGINES for config in self.configs]
+        wanted = [(config, engine, n) for n in {1, *self.counts} for engine in self.engines for config in self.configs]
         errors = self._measure(wanted, lambda ranks: self.speed_steps * ranks, deadline)
         rows = []
         for config, engine, ranks in sorted(self.measured, key=lambda key: (self.configs.index(key[0]), key[1:])):
@@ -120,7 +122,7 @@ class ScalingRun:
 
     def profile(self, deadline: float) -> dict[str, Any]:
         """Communication in a step of the most ranks: of those that were timed, or of a few steps more."""
-        wanted = [(config, engine, self.most) for config in self.configs for engine in ENGINES]
+        wanted = [(config, engine, self.most) for config in self.configs for engine in self.engines]
         errors = self._measure([one for one in wanted if one not in self.measured], lambda _: PROFILED_AFTER, deadline)
         rows = []
         for config, engine, ranks in wanted:

@@ -6,7 +6,7 @@
 
 The stages, each with the seconds that it may take behind a colon if not its own:
 
-speed     tokens/s of whole steps on 1 rank and on each number of processes, under ZeRO-1 and DDP, for each config
+speed     tokens/s of whole steps on 1 rank and on each number of processes, under each of --engines, for each config
 profile   the communication in a step of the most ranks by kind, overlapped and exposed
 losses    training losses of the most ranks against those of one, ZeRO-1, and of one against its own with other micro-batches
 topology  a checkpoint of the first config's run continued on half of the ranks and then on all again
@@ -33,7 +33,7 @@ os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 from recipe.config import ConfigError
 from recipe.files import output_file, write_json, write_text
 from recipe.micro_batch import count_gpus
-from recipe.scaling_run import STAGES, ScalingRun, run_stages
+from recipe.scaling_run import ENGINES, STAGES, ScalingRun, run_stages
 from recipe.scaling_table import markdown
 from recipe.signals import leave
 
@@ -61,6 +61,14 @@ def parse_counts(text: str, gpus: int) -> tuple[int, ...]:
     if counts[0] < 1 or (gpus and counts[-1] > gpus):
         raise ConfigError(f"processes: {text} is more than this host's {gpus} GPUs or less than one; give up to {gpus}")
     return counts
+
+
+def parse_engines(text: str) -> tuple[str, ...]:
+    """`ZeRO-1,DDP` as names."""
+    engines = tuple(text.split(","))
+    if unknown := [name for name in engines if name not in ENGINES]:
+        raise ConfigError(f"engines: {unknown[0]!r} is not one of {', '.join(ENGINES)}; separate them by commas")
+    return engines
 
 
 def parse_fields(words: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -104,6 +112,7 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("--processes", default=None, help="8, or 2,4,8; all GPUs if left out, two on a CPU")
     parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--engines", default=",".join(ENGINES), help="of speed and profile; the others take ZeRO-1")
     parser.add_argument("--time_limit", type=float, default=570, help="seconds for all of them")
     parser.add_argument("--speed_steps", type=int, default=12, help="timed steps on one rank; N ranks take N times as many")
     parser.add_argument("--losses_steps", type=int, default=200)
@@ -120,12 +129,13 @@ def main(words: list[str]) -> int:
         gpus = 0 if arguments.cpu else count_gpus()
         counts = parse_counts(arguments.processes or str(gpus or 2), gpus)
         stages = parse_stages(arguments.stages)
+        engines = parse_engines(arguments.engines)
         configs, fields = parse_fields(rest)
         folder = arguments.folder or Path(tempfile.mkdtemp(prefix="scaling-"))
         hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
         steps = {name: getattr(arguments, f"{name}_steps") for name in ("speed", "losses", "topology", "kill")}
         run = ScalingRun(
-            configs, fields, counts, folder.absolute(), gpus, environment=hidden,
+            configs, fields, counts, folder.absolute(), gpus, engines, environment=hidden,
             **{f"{name}_steps": count for name, count in steps.items()},
         )  # fmt: skip
         run.check()

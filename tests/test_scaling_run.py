@@ -166,6 +166,14 @@ def test_the_speeds_make_a_table() -> None:
     assert "| gpt2-124m | DDP | all-reduce | 1 | 1.00 | 0.50 | 0.50 | 33.33% |" in text
 
 
+def test_only_the_engines_asked_for_are_launched() -> None:
+    asked = []
+    run = ScalingRun([CONFIG], {}, (2,), Path("nowhere"), 2, engines=("ZeRO-1",))
+    run._measure = lambda wanted, steps, deadline: asked.extend(wanted) or []
+    run_stages(run, {"speed": 5, "profile": 5}, 60, lambda _: None)
+    assert {engine for _, engine, _ in asked} == {"ZeRO-1"} and {ranks for *_, ranks in asked} == {1, 2}
+
+
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +214,7 @@ def scaling(*words: str, timeout: float = 60) -> subprocess.CompletedProcess:
 def test_bad_words_are_told_before_anything_starts(tmp_path: Path) -> None:
     for words, told in (
         ((CONFIG, "--stages", "speed,sped"), "stages: 'sped' is not one of speed"),
+        ((CONFIG, "--engines", "ZeRO-1,FSDP"), "engines: 'FSDP' is not one of ZeRO-1, DDP"),
         ((CONFIG, "--processes", "3"), "batch_tokens: 524288 is not a multiple"),
         ((CONFIG, "--n_layr", "2"), "did you mean n_layer?"),
     ):
