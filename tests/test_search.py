@@ -892,6 +892,13 @@ def test_of_a_group_the_lower_end_counts_at_each_budget() -> None:
     assert [(e.name, e.budget) for e in ends_of(runs)["llmc"]] == [("constant", BUDGETS[0]), ("llmc", BUDGETS[1])]
 
 
+def test_equal_runs_of_two_stages_tell_of_the_noise() -> None:
+    equal = [synthetic("llmc", BUDGETS[0], stage="first"), synthetic("llmc", BUDGETS[0], name="again", noise=0.02)]
+    found = noise_of([*equal, synthetic("llmc", BUDGETS[0], name="hot", noise=1, overrides={"learning_rate": 2e-3})])
+    assert found.freedom == 1 and found.deviation == pytest.approx(0.02 / math.sqrt(2))
+    assert noise_of([equal[0], synthetic("llmc", BUDGETS[1])]) is None, "of other budgets"
+
+
 def test_losses_on_other_validation_text_do_not_compare(records: list[dict]) -> None:
     assert len(trained(records)) == 15
     assert len(trained([*records, synthetic("fast", 9, kind="stable"), synthetic("fast", 9, state="failed")])) == 15

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,10 +56,11 @@ def trained(records: Iterable[Record]) -> list[Record]:
 
 
 def noise_of(records: Iterable[Record]) -> Noise | None:
-    """Over the seeds of equal runs, pooled."""
+    """Over equal runs, pooled: with other seeds or, in two stages, with the same one, which a GPU does not repeat bit by bit."""
     equal: dict[tuple, list[float]] = {}
     for r in records:
-        equal.setdefault((r["stage"], r["name"], r["budget"]), []).append(r["val_loss"])
+        recipe = json.dumps(r["overrides"], sort_keys=True)
+        equal.setdefault((r["group"], r.get("base"), recipe, r["budget"]), []).append(r["val_loss"])
     return seed_noise(list(equal.values()))
 
 

@@ -139,8 +139,8 @@ def _noise_text(noise: Noise | None) -> str:
     if noise is None:
         return "No recipe has been run with two seeds yet: no verdict is possible.\n"
     return (
-        f"Standard deviation of the final validation loss over seeds: **{noise.deviation:.4f} nats** "
-        f"({noise.freedom} degrees of freedom, pooled over all recipes with several seeds).\n"
+        f"Standard deviation of the final validation loss over equal runs: **{noise.deviation:.4f} nats** "
+        f"({noise.freedom} degrees of freedom, pooled over all recipes that were run more than once).\n"
     )
 
 

@@ -31,7 +31,7 @@ def t_95(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of the final loss over seeds, pooled over all recipes that were run with several."""
+    """Standard deviation of the final loss over equal runs, pooled over all recipes that were run more than once."""
 
     deviation: float
     """Nats."""
@@ -40,7 +40,7 @@ class Noise:
 
 
 def seed_noise(samples: Sequence[Sequence[float]]) -> Noise | None:
-    """Of losses of equal runs that differ in the seed; None without two of any."""
+    """Of losses of equal runs, which differ in the seed or not even in it; None without two of any."""
     several = [losses for losses in samples if len(losses) > 1]
     freedom = sum(len(losses) - 1 for losses in several)
     if not freedom:
