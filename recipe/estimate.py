@@ -48,7 +48,7 @@ MEASURED = {
 """Tokens/s of one GPU under ZeRO-1 with AdamW, by GPU, n_layer and n_embd, of whole steps of 524,288 tokens, through
 pretrain.py or scripts/benchmark.py (docs/results.md)."""
 
-MEASURED_SCALING = {("H200-141GB", 12, 768, 2): 0.985}
+MEASURED_SCALING = {("H200-141GB", 12, 768, 2): 0.985, ("H200-141GB", 12, 768, 4): 0.989}
 """Scaling efficiency under ZeRO-1, tokens/s over as many times one GPU's, by GPU, n_layer, n_embd and GPUs, of steps of 524,288
 tokens with AdamW, by scripts/scaling.py (docs/results.md); recipe/scaling.py computes the others."""
 
