@@ -19,6 +19,7 @@ from typing import Any
 from recipe.config import ConfigError
 from recipe.files import read_json_lines
 from recipe.launches import Launch, LaunchError, accelerate_command
+from recipe.micro_batch import find_card, resolve
 from recipe.parsing import load_config
 from recipe.plan import make_plan
 
@@ -63,6 +64,7 @@ class ScalingRun:
     """Of every launch, on top of this process'."""
     measured: dict[tuple[str, str, int], dict[str, Any]] = field(default_factory=dict)
     """Results of `benchmark.py step` by config, engine and ranks."""
+    _rows: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         compiled = {
@@ -140,21 +142,20 @@ class ScalingRun:
         what rounding alone does."""
         if self.most < 2:
             raise Unfit("it takes two ranks to compare with one")
-        curves: dict[tuple[str, int | str], dict[str, Any]] = {}
-        errors = []
-        for ranks in (1, self.most):
-            jobs = [((config, ranks), self._losses_command(config, ranks)) for config in self.configs]
-            done, failed = self._launch_all("losses", jobs, ranks, deadline)
-            curves |= done
-            errors += failed
-        rows_of = {config: curves[config, 1]["micro_batch_size"] for config in self.configs if (config, 1) in curves}
-        jobs = [
-            ((config, SMALLER), self._losses_command(config, 1, largest_proper_divisor(rows)))
-            for config, rows in rows_of.items()
-            if rows > 1
+        sizes = {config: self._micro_batch_size(config) for config in self.configs}
+        jobs = [((config, 1), self._losses_command(config, 1, size)) for config, size in sizes.items()]
+        jobs += [
+            ((config, SMALLER), self._losses_command(config, 1, largest_proper_divisor(size)))
+            for config, size in sizes.items()
+            if size > 1
         ]
-        # It tells what to make of the others, and keeps them from nothing if no time is left for it.
-        curves |= self._launch_all("losses", jobs, 1, deadline)[0]
+        curves, errors = self._launch_all("losses", jobs, 1, deadline)
+        # The control tells what to make of the others, and fails nothing if it could not be had.
+        errors = [why for why in errors if SMALLER not in why]
+        jobs = [((config, self.most), self._losses_command(config, self.most, size)) for config, size in sizes.items()]
+        done, failed = self._launch_all("losses", jobs, self.most, deadline)
+        curves |= done
+        errors += failed
         rows = []
         for config in self.configs:
             one, many, smaller = (curves.get((config, key)) for key in (1, self.most, SMALLER))
@@ -231,10 +232,16 @@ class ScalingRun:
     def _losses_batch(self, config: str) -> dict[str, str]:
         return {"batch_tokens": str(min(LOSSES_TOKENS, load_config([config, *_words(self.fields)]).batch_tokens))}
 
-    def _losses_command(self, config: str, ranks: int, micro_batch_size: int | None = None) -> list[str]:
-        fields = self.fields | self._losses_batch(config)
-        if micro_batch_size:
-            fields["micro_batch_size"] = str(micro_batch_size)
+    def _micro_batch_size(self, config: str) -> int:
+        """Rows of the most ranks' micro-batches where losses are compared. On fewer ranks they are as many: what is compiled
+        once serves all launches, and only what the ranks sum among themselves is summed in another order."""
+        if config not in self._rows:
+            loaded = load_config([config, *_words(self.fields | self._losses_batch(config))])
+            self._rows[config] = resolve(loaded, self.most, find_card() if self.gpus else None).micro_batch_size
+        return self._rows[config]
+
+    def _losses_command(self, config: str, ranks: int, micro_batch_size: int) -> list[str]:
+        fields = self.fields | self._losses_batch(config) | {"micro_batch_size": str(micro_batch_size)}
         words = ["losses", config, *_words(fields), "--steps", str(self.losses_steps), "--json"]
         return accelerate_command(self._file("ZeRO-1", ranks), ranks, "benchmark.py", *words)
 
@@ -282,7 +289,7 @@ class ScalingRun:
 
     def _pretrain(self, name: str, ranks: int, **fields: object) -> Launch:
         # Half of the run is warm-up: at a hot rate rounding alone would set the losses apart.
-        batch = self._losses_batch(self.configs[0])
+        batch = self._losses_batch(self.configs[0]) | {"micro_batch_size": self._micro_batch_size(self.configs[0])}
         short = {"validation_tokens": batch["batch_tokens"]}
         own = batch | {"eval_every": 0, "sample_every": 0, "evaluate_tasks": "none", "warmup_steps": 0.5, "schedule": "cosine"}
         given = {name: value for name, value in self.fields.items() if name != "max_tokens"}  # in whose place is max_steps

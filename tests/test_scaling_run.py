@@ -174,6 +174,22 @@ def test_only_the_engines_asked_for_are_launched() -> None:
     assert {engine for _, engine, _ in asked} == {"ZeRO-1"} and {ranks for *_, ranks in asked} == {1, 2}
 
 
+def test_losses_are_compared_at_the_same_micro_batches() -> None:
+    launched: dict[tuple, list[str]] = {}
+
+    def launch_all(name: str, jobs: list, ranks: int, deadline: float) -> tuple[dict, list[str]]:
+        launched.update(jobs)
+        return {key: {"losses": [3.0, 2.0], "precision": "bf16"} for key, _ in jobs}, []
+
+    run = ScalingRun([CONFIG], {}, (2, 16), Path("nowhere"), 0)
+    run._launch_all = launch_all
+    found = run_stages(run, {"losses": 5}, 60, lambda _: None)["losses"]
+    # 64 rows of 1,024 tokens on 16 ranks.
+    sizes = {key[1]: command[command.index("--micro_batch_size") + 1] for key, command in launched.items()}
+    assert sizes == {1: "4", 16: "4", "smaller-micro-batches": "2"}
+    assert found["state"] == "ok" and found["rows"][0]["rounding"]["largest"] == 0
+
+
 # --- launches -------------------------------------------------------------------------------------------------------
 
 

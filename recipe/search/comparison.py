@@ -56,7 +56,7 @@ def trained(records: Iterable[Record]) -> list[Record]:
 
 
 def noise_of(records: Iterable[Record]) -> Noise | None:
-    """Over equal runs, pooled: with other seeds or, in two stages, with the same one, which a GPU does not repeat bit by bit."""
+    """Over equal runs, pooled: with other seeds or, in two stages, with the same, which a GPU does not repeat bit by bit."""
     equal: dict[tuple, list[float]] = {}
     for r in records:
         recipe = json.dumps(r["overrides"], sort_keys=True)
