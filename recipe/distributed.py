@@ -40,6 +40,9 @@ class Distributed:
             os.environ["DS_ACCELERATOR"] = "cpu"
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        elif (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
+            # torch reads it when it is loaded, which was before it was set where this is a run of a search.
+            torch.set_num_threads(int(threads))
         from accelerate import PartialState
 
         # On a CPU the group must exist before the Accelerator, which otherwise takes every DeepSpeed process for rank 0.

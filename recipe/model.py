@@ -156,13 +156,14 @@ def continue_text(
         inputs = torch.tensor([sequence[cached:]], device=gpt2.device)
         output = gpt2(input_ids=inputs, past_key_values=cache, use_cache=True)
         cache, cached = output.past_key_values, len(sequence)
-        logits = output.logits[0, -1, :vocab_size].float().cpu()
+        logits = output.logits[0, -1, :vocab_size].float()
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            if top_k is not None:
-                logits[logits < logits.topk(min(top_k, vocab_size)).values[-1]] = -torch.inf
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            # Only what may be drawn comes to the host, whose generator draws.
+            likeliest, ids = logits.topk(min(top_k or vocab_size, vocab_size))
+            drawn = torch.multinomial((likeliest.cpu() / temperature).softmax(-1), 1, generator=generator)
+            token = int(ids[drawn])
         if token == gpt2.config.eos_token_id:
             break
         sequence.append(token)

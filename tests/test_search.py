@@ -516,7 +516,8 @@ def test_every_gpu_is_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         found = find_places(wanted)
-        assert all(set(place) == {"CUDA_VISIBLE_DEVICES"} for place in found)
+        share = str(max(1, os.cpu_count() // len(found)))
+        assert {place["OMP_NUM_THREADS"] for place in found} == {share}, "each takes its share of the cores"
         return [place["CUDA_VISIBLE_DEVICES"] for place in found]
 
     assert cards(None, None) == ["0", "1", "2"] and cards(2, None) == ["0", "1"] and cards(3, None) == ["0", "1", "2"]

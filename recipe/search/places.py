@@ -25,7 +25,8 @@ def find_places(wanted: int | None) -> list[dict[str, str]]:
             f"give {len(cards)} at most, or leave it at auto"
         )
     if cards:
-        return [{"CUDA_VISIBLE_DEVICES": card} for card in cards[:wanted]]
+        share = max(1, (os.cpu_count() or 1) // len(cards[:wanted]))
+        return [{"CUDA_VISIBLE_DEVICES": card, "OMP_NUM_THREADS": str(share)} for card in cards[:wanted]]
     # By this a run knows how many others of this host want cores, and takes no more threads than its share.
     count = wanted or 1
     return [{"LOCAL_WORLD_SIZE": str(count)} for _ in range(count)]
