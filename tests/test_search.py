@@ -723,6 +723,19 @@ def test_side_by_side_the_time_limit_leaves_room_for_a_branch(
     assert left == 3 and said[-1] == late and said.count(late) == 1 and len(said) == 9
 
 
+def test_a_shorter_run_takes_the_time_that_is_too_little_for_the_next(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cosine, _ = (jobs_of(trial) for trial in stage.trials)
+    finish(stage, tmp_path, cosine[:1], own_tokens=20_480, own_train_seconds=20.0, wall_seconds=25.0)
+    host = Host(stage, monkeypatch, 1)
+    host.may_idle = True
+    left, said = run_search(stage, tmp_path, 1, time_limit=40)
+    # 49.5 s for 40k, 46 for the stable part and a branch, 27.5 for the 20k of the second seed.
+    assert host.labels("start") == [cosine[2].label] and left == 7
+    assert said[-1] == f"{cosine[1].label}: would take about 50 s, and 15 s are left; the same command goes on from here"
+
+
 def test_a_signal_ends_the_search_with_what_is_done_in_the_results(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

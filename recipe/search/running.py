@@ -76,7 +76,8 @@ class Search:
         self._began = time.monotonic()
 
     def run(self) -> int:
-        """Start what is not done yet, in order, until all is or the next would go beyond the time limit, and wait for its end.
+        """Start what is not done yet, in order, until all is or whatever is left would go beyond the time limit, and wait for
+        its end.
 
         Returns:
             how many runs are left.
@@ -140,20 +141,26 @@ class Search:
                 )
 
     def _start_jobs(self, pool: Pool, text: dict[str, Any]) -> str | None:
-        """Start what comes next in every free place.
+        """Start what comes next in every free place; one that would end too late waits behind those that would not.
 
         Returns:
             what to say of the first that would end too late, if there is one. Once a run has ended it is looked at again: then
             more is known, and a branch of that run, whose time was reckoned with, comes before it.
         """
-        while pool.has_room and (job := self.next_job()) is not None:
+        late = None
+        for job in self.jobs_left():
+            if not pool.has_room:
+                break
+            if not self._can_start(job):
+                continue
             elapsed, needed = time.monotonic() - self._began, self.seconds_needed(job)
-            if not fits(needed, elapsed, self._limit):
+            if fits(needed, elapsed, self._limit):
+                self._start(pool, job, text)
+            elif late is None:
                 takes = "" if needed is None else f"would take about {needed:.0f} s, and "
                 left = max(0.0, self._limit - elapsed)
-                return f"{job.label}: {takes}{left:.0f} s are left; the same command goes on from here"
-            self._start(pool, job, text)
-        return None
+                late = f"{job.label}: {takes}{left:.0f} s are left; the same command goes on from here"
+        return late
 
     def jobs_left(self) -> list[Job]:
         """What is not done, in order: of each stage the first seed of all trials, then the second, so that a search that is cut
