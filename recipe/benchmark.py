@@ -125,7 +125,7 @@ def benchmark_training(config: Config, plan: Plan, distributed: Distributed, ste
 
         def step(index: int) -> None:
             if whole:
-                micro_batches = rows_of(plan.rows_at(index)).split(config.micro_batch_size)
+                micro_batches = rows_of(plan.rows_per_step).split(config.micro_batch_size)
                 engine.train_step(micro_batches, hyperparameters(index, config, plan))
             else:
                 engine.model(rows_of(config.micro_batch_size * distributed.num_ranks)).mean().backward()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from recipe.config import Config, ConfigError, first_line
 from recipe.files import write_text
 from recipe.micro_batch import under_zero1
+from recipe.output import lasting_output
 from recipe.plan import GPT2_VOCAB_SIZE, Plan, load_run
 from recipe.remedies import Situation, explain
 from recipe.run_folder import RunFolder
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from recipe.train import Run
 
 EXIT_OK, EXIT_FAULT, EXIT_CONFIG, EXIT_STOPPED = 0, 1, 2, 75
+FAILURES = (EXIT_FAULT, EXIT_CONFIG)
 
 
 def main(arguments: list[str]) -> int:
@@ -34,12 +36,13 @@ def main(arguments: list[str]) -> int:
 
     Returns:
         the exit code: 0 done, 2 bad configuration or input, 75 stopped by a signal after saving, 1 a fault. Rank 0, and every
-        rank with a fault, writes it to the file that PRETRAIN_EXIT_FILE names, too, for `accelerate launch` makes 1 of all but
-        0.
+        rank with a fault or bad input, writes it to the file that PRETRAIN_EXIT_FILE names, too, for `accelerate launch` makes
+        1 of all but 0.
     """
-    code = _run(arguments)
-    if os.environ.get("RANK", "0") == "0" or code == EXIT_FAULT:
-        note_exit(code)
+    with lasting_output():
+        code = _run(arguments)
+        if os.environ.get("RANK", "0") == "0" or code in FAILURES:
+            note_exit(code)
     return code
 
 
@@ -50,10 +53,13 @@ def note_exit(code: int) -> None:
             write_text(Path(path), f"{code}\n")
 
 
-def fault_is_noted() -> bool:
-    """Whether another rank of this node has said that it ends with a fault: then the launcher tells the others to stop."""
-    path = Path(os.environ.get("PRETRAIN_EXIT_FILE") or os.devnull)
-    return path.is_file() and path.read_text(encoding="utf-8").strip() == str(EXIT_FAULT)
+def noted_failure() -> int | None:
+    """The exit code of another rank of this node that has failed, if it has said so: then the launcher tells the others to
+    stop."""
+    with contextlib.suppress(OSError, ValueError):
+        code = int(Path(os.environ.get("PRETRAIN_EXIT_FILE") or os.devnull).read_text(encoding="utf-8"))
+        return code if code in FAILURES else None
+    return None
 
 
 def _run(arguments: list[str]) -> int:
@@ -114,17 +120,19 @@ def _train(config: Config, plan: Plan, folder: RunFolder, rank: int, parent: int
 
     def end_without_saving(number: signal.Signals) -> None:
         # A rank that was gone before the signal came is its reason: who starts runs again must not take that for a stop.
-        failed = bool(signals.lost) or fault_is_noted()
-        code = EXIT_FAULT if failed else EXIT_STOPPED
+        noted = noted_failure()
+        failed = bool(signals.lost) or noted is not None
+        code = noted or (EXIT_FAULT if failed else EXIT_STOPPED)
         if not failed and hasattr(run, "watchdog"):
             run.watchdog.leave()
         if folder.locked and run is not None:
             done = run.step, plan.tokens_after(run.step)
-            if not failed:
-                folder.status("stopped", code, *done, f"signal {number.name}")
-            elif signals.lost and not folder.has_ended():  # else the rank at fault has said why itself
-                at_fault = signals.lost[0]
-                folder.status("failed", code, *done, f"rank {at_fault} is gone, killed or failed", at_fault)
+            with contextlib.suppress(OSError):  # of a full disk, for one: the process ends all the same
+                if not failed:
+                    folder.status("stopped", code, *done, f"signal {number.name}")
+                elif signals.lost and not folder.has_ended():  # else the rank at fault has said why itself
+                    at_fault = signals.lost[0]
+                    folder.status("failed", code, *done, f"rank {at_fault} is gone, killed or failed", at_fault)
         if rank == 0:
             note_exit(code)
         print(f"rank {rank} stopped by {number.name}; nothing was left to save", flush=True)

@@ -48,9 +48,9 @@ MEASURED = {
 """Tokens/s of one GPU under ZeRO-1 with AdamW, by GPU, n_layer and n_embd, of whole steps of 524,288 tokens, through
 pretrain.py or scripts/benchmark.py (docs/results.md)."""
 
-MEASURED_SCALING = {("H200-141GB", 12, 768, 2): 0.985, ("H200-141GB", 12, 768, 4): 0.989}
-"""Scaling efficiency under ZeRO-1, tokens/s over as many times one GPU's, by GPU, n_layer, n_embd and GPUs, of steps of 524,288
-tokens with AdamW, by scripts/scaling.py (docs/results.md); recipe/scaling.py computes the others."""
+MEASURED_MACHINES = {("H200-141GB", 12, 768, 2): 1_158_800, ("H200-141GB", 12, 768, 4): 2_275_900}
+"""Tokens/s of several GPUs of one host under ZeRO-1 with AdamW, by GPU, n_layer, n_embd and GPUs, of whole steps of 524,288
+tokens, by scripts/scaling.py (docs/results.md); recipe/scaling.py computes the others."""
 
 SIZES = {"124M": (12, 12, 768), "350M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
 """n_layer, n_head and n_embd of GPT-2's sizes (Radford et al. 2019)."""
@@ -176,16 +176,16 @@ def _memory(config: Config, machine: Machine, vocab_size: int) -> dict[str, int]
 def tokens_per_second(config: Config, machine: Machine, vocab_size: int = GPT2_VOCAB_SIZE) -> tuple[float, bool]:
     """Tokens/s of the machine, and whether that was measured, on this very machine with such steps.
 
-    By recipe/scaling.py where the efficiency of so many GPUs was not; with the micro batch of the config, or one row.
+    By recipe/scaling.py where that of so many GPUs was not; with the micro batch of the config, or one row.
     """
     from recipe.scaling import MEASURED_LENGTH, MEASURED_STEP, gpu_speed, step_time  # which takes the GPUs from here
 
-    one, measured = gpu_speed(config, machine, vocab_size)
+    _, measured = gpu_speed(config, machine, vocab_size)
     measured &= config.batch_tokens == MEASURED_STEP and config.sequence_length == MEASURED_LENGTH and not config.sequence_ramp
     measured &= config.optimizer == "adamw" and not (config.activation_checkpointing or config.fp8_head)
-    efficiency = MEASURED_SCALING.get((machine.gpu_name, config.n_layer, config.n_embd, machine.gpus))
-    if measured and efficiency:
-        return machine.gpus * one * efficiency, True
+    speed = MEASURED_MACHINES.get((machine.gpu_name, config.n_layer, config.n_embd, machine.gpus))
+    if measured and speed:
+        return speed, True
     return config.batch_tokens / step_time(config, machine, vocab_size).total, measured and machine.gpus == 1
 
 

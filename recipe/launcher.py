@@ -8,11 +8,14 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from recipe.cli import EXIT_FAULT
 from recipe.launches import children
-from recipe.signals import STOP_SIGNALS
+from recipe.run_folder import RunFolder
+from recipe.signals import handle_stop_signals
 
 
 def shutdown_seconds() -> float:
@@ -21,7 +24,7 @@ def shutdown_seconds() -> float:
 
 
 class Launcher:
-    """Starts launches, one at a time. SIGTERM, SIGINT and SIGUSR1 are noted from its making on and handed to the workers.
+    """Starts launches, one at a time. STOP_SIGNALS are noted from its making on and handed to the workers.
 
     Args:
         repeat: hand on every signal, not only the first: workers that get a second one end without saving, which is what
@@ -32,8 +35,7 @@ class Launcher:
         self.stopping = False
         """Whether a signal has come."""
         self._repeat, self._process = repeat, None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+        handle_stop_signals(self._note)
 
     def launch(self, command: list[str], settle: Callable[[], None] = lambda: None) -> tuple[int | None, int]:
         """Start it and wait for its end.
@@ -74,3 +76,15 @@ class Launcher:
         for pid in children(launcher) or [launcher]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if pid == launcher else signal.SIGUSR1)
+
+
+def told_by_the_folder(folder: RunFolder, began: float, seconds: float) -> int:
+    """The exit code in status.json, once the run has ended; a fault if this start has not written one."""
+    deadline = time.monotonic() + seconds
+    path = folder.path / "status.json"
+    while time.monotonic() < deadline and path.is_file() and path.stat().st_mtime >= began:
+        status = folder.read_status()
+        if status["state"] != "running":
+            return status["exit_code"]
+        time.sleep(0.5)
+    return EXIT_FAULT

@@ -12,7 +12,7 @@ import yaml
 
 from recipe.cli import EXIT_CONFIG, EXIT_FAULT, EXIT_OK, EXIT_STOPPED
 from recipe.config import ConfigError
-from recipe.launcher import Launcher, shutdown_seconds
+from recipe.launcher import Launcher, shutdown_seconds, told_by_the_folder
 from recipe.launches import launch_command
 from recipe.run_folder import RunFolder
 
@@ -40,17 +40,26 @@ class Node:
         return [*launch_command(accelerate_file, *options), str(script), *arguments]
 
 
+def read_accelerate_file(path: str) -> int:
+    """Its processes of each node.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    try:
+        machine = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return machine["num_processes"] // machine["num_machines"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not an accelerate file ({error}); take one of configs/accelerate") from error
+
+
 def this_node(environment: Mapping[str, str], accelerate_file: str) -> Node:
     """What Slurm or SkyPilot say in the environment; a single node with the file's processes where neither does.
 
     Raises:
         ConfigError: if the accelerate file cannot be read.
     """
-    try:
-        machine = yaml.safe_load(Path(accelerate_file).read_text(encoding="utf-8"))
-        processes = machine["num_processes"] // machine["num_machines"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(f"{accelerate_file}: not an accelerate file ({error}); take one of configs/accelerate") from error
+    processes = read_accelerate_file(accelerate_file)
     if "SLURM_JOB_NODELIST" in environment:
         gpus = environment.get("SLURM_GPUS_ON_NODE", str(processes))
         # Two jobs may share a node.
@@ -75,7 +84,7 @@ def first_host(nodelist: str) -> str:
 
 
 def run_node(node: Node, accelerate_file: str, script: Path, arguments: list[str], output_dir: str) -> int:
-    """Start this node's launcher, pass SIGTERM, SIGINT and SIGUSR1 on to its workers, and wait for it.
+    """Start this node's launcher, pass STOP_SIGNALS on to its workers, and wait for it.
 
     Returns:
         0 the run is finished; 2 its configuration is bad; 75 start it again: it was stopped, or a fault has ended it that came
@@ -89,19 +98,8 @@ def run_node(node: Node, accelerate_file: str, script: Path, arguments: list[str
         code = noted
     elif code:
         # Who ends first takes the others with him, under SkyPilot: the first node may still be saving.
-        code = _told_by_the_folder(folder, began, shutdown_seconds())
+        code = told_by_the_folder(folder, began, shutdown_seconds())
     if code in (EXIT_OK, EXIT_CONFIG, EXIT_STOPPED):
         return code
-    return EXIT_STOPPED if launcher.stopping or folder.newest_step() > before else EXIT_FAULT
-
-
-def _told_by_the_folder(folder: RunFolder, began: float, seconds: float) -> int:
-    """The exit code in status.json, once the run has ended; a fault if this start has not written one."""
-    deadline = time.monotonic() + seconds
-    path = folder.path / "status.json"
-    while time.monotonic() < deadline and path.is_file() and path.stat().st_mtime >= began:
-        status = folder.read_status()
-        if status["state"] != "running":
-            return status["exit_code"]
-        time.sleep(0.5)
-    return EXIT_FAULT
+    # A run that was resumed from an older checkpoint sets newer ones aside: that, too, is further than it was.
+    return EXIT_STOPPED if launcher.stopping or folder.newest_step() != before else EXIT_FAULT

@@ -115,13 +115,14 @@ class RunFolder:
         if self._lock is not None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (held until the process ends)
-        if not _lock(self._lock, LOCK_WAIT_S):
-            self._lock.seek(0)
+        handle = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (held until the process ends)
+        if not _lock(handle, LOCK_WAIT_S):
+            handle.seek(0)
             raise ConfigError(
-                f"output_dir: {self.path} is being trained in by {self._lock.read().strip() or 'another process'}; "
+                f"output_dir: {self.path} is being trained in by {handle.read().strip() or 'another process'}; "
                 "stop it, or choose another output_dir"
             )
+        self._lock = handle
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}\n")
         self._lock.flush()

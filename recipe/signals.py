@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -10,9 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""The last one comes when a terminal is closed."""
 REPEATED_S = 3
 """Signals within so many seconds are one request: a launcher that dies sends its SIGTERM once for each of its threads."""
 
@@ -23,8 +26,9 @@ SET_UP_GRACE_S = 5
 def leave(code: int) -> NoReturn:
     """End the process, its work done, without the interpreter's clean-up: native threads of the libraries now and then abort
     that, and the launcher would report a finished rank as failed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
+            stream.flush()
     os._exit(code)
 
 
@@ -56,8 +60,7 @@ class StopSignals:
         writer.setblocking(False)
         self._writer = writer  # a socket that is collected is closed
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, _leave_to_the_thread)
+        handle_stop_signals(_leave_to_the_thread)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def training_began(self) -> None:
@@ -96,6 +99,13 @@ class StopSignals:
         elif time.monotonic() - self.at > REPEATED_S and os.getppid() == self._parent:
             print(f"{number.name} again: ending at once, without saving", file=sys.stderr, flush=True)
             os._exit(128 + number)
+
+
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Give all STOP_SIGNALS a handler, but for a SIGHUP that is ignored: `nohup` asks for that."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _leave_to_the_thread(number: int, frame: object) -> None:

@@ -114,7 +114,8 @@ class Run:
     def _fail(self, reason: str, rank: int) -> None:
         # A rank that has failed by itself has said more.
         if self.folder.config.is_file() and not (rank != self.distributed.rank and self.folder.has_ended()):
-            self.folder.status("failed", 1, self.step, self.plan.tokens_after(self.step), reason, rank)
+            with contextlib.suppress(OSError):  # of a full disk, for one: the watchdog ends the process all the same
+                self.folder.status("failed", 1, self.step, self.plan.tokens_after(self.step), reason, rank)
 
     def _explain(self, error: Exception) -> None:
         """Let a save that is under way come to its end; if a collective has failed because a rank is gone, name that."""

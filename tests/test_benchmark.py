@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from conftest import make_documents
 from launch import ROOT, TINY, environment, options
+from recipe import benchmark
+from recipe.distributed import Distributed
+from recipe.parsing import load_config
+from recipe.plan import make_plan
 from recipe.tokenizer import train_tokenizer
 
 
@@ -37,6 +45,26 @@ def test_training_is_measured(command: list[str], kind: str) -> None:
     assert result["mfu"] is None and result["first_step_seconds"] > 0
     table = run(kind, command, "--steps", "4")
     assert "tokens_per_second" in table and "n/a" in table
+
+
+def test_steps_are_timed_at_the_full_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def next_batch(count: int) -> np.ndarray:
+        rows.append(count)
+        return np.zeros((count, 1025), np.int32)
+
+    @contextlib.contextmanager
+    def open_stream(*_: object) -> Iterator[tuple]:
+        yield SimpleNamespace(next_batch=next_batch), SimpleNamespace(vocab_size=257, end_of_text=0)
+
+    monkeypatch.setattr(benchmark, "open_stream", open_stream)
+    monkeypatch.setattr(benchmark, "build_model", lambda *_: SimpleNamespace(kernels=""))
+    monkeypatch.setattr(benchmark, "make_engine", lambda *_: SimpleNamespace(train_step=lambda *_: None))
+    words = ["--batch_tokens", "16384", "--micro_batch_size", "2", "--batch_ramp", "2048x900"]
+    config = load_config([str(ROOT / "configs" / "gpt2-124m.yaml"), *words])
+    benchmark.benchmark_training(config, make_plan(config, 1), Distributed.alone(), 3, whole=True)
+    assert len(rows) > 3 and set(rows) == {16}, "the speed is that of so many rows, whatever a ramp begins with"
 
 
 @pytest.mark.slow

@@ -118,6 +118,26 @@ def test_a_signal(accelerate_file: str, number: int, to_worker: bool, arguments,
     assert_stopped(run)
 
 
+@pytest.mark.promise("All ranks save", "The terminal is closed, or who reads the output is killed; then a signal")
+@pytest.mark.parametrize("accelerate_file, number", [("cpu", signal.SIGHUP), ("2cpu-zero1", signal.SIGINT)])
+def test_nobody_reads_any_more(accelerate_file: str, number: int, arguments, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        accelerate_command(accelerate_file, *arguments(save_every=0)), env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    heard = b""
+    while b"step   3/" not in heard:
+        heard += (line := process.stdout.readline())
+        assert line, heard.decode()
+    pids = ranks_of(process.pid)
+    process.stdout.close()
+    os.killpg(process.pid, number)
+    wait_for(lambda: gone(pids), "end of the workers", run / "status.json", 25)
+    process.wait()
+    assert_stopped(run)
+
+
 @pytest.mark.promise(
     "A launcher that dies leaves nobody behind after 20 s", "`accelerate launch`: SIGKILL, or SIGTERM with one process"
 )

@@ -35,6 +35,16 @@ if kind == "outlived":  # a worker that saves behind a launcher that was killed
     subprocess.Popen([sys.executable, "-c", worker, str(folder), str(told)], start_new_session=True)
     while not (folder / "ready").exists(): time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
+if kind == "swept":  # where its code cannot be noted
+    told.parent.rmdir()
+if kind == "older":  # resumed from a checkpoint behind the newest, it sets that one aside, and gets further each time
+    kept = [int(path.name[5:]) for path in (folder / "checkpoints").iterdir()]
+    (folder / "checkpoints" / f"step-{{kept[0]:08d}}").rename(folder / f"set-aside-{{count}}")
+    step = folder / "checkpoints" / f"step-{{1000 + 500 * count:08d}}"
+    step.mkdir()
+    (step / "MANIFEST.json").touch()
+    told.write_text("0" if count == 5 else "1")
+    sys.exit(count != 5)
 if kind == "half":  # killed while it noted its code
     told.touch()
     sys.exit(1)
@@ -118,6 +128,33 @@ def test_restarts_count_from_the_newest_checkpoint(tmp_path: Path) -> None:
     assert "3 restarts without a checkpoint behind step 2; giving up" in told and told.count("restart 1 of 3") == 2
 
 
+def test_a_run_that_went_back_gets_further_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00005000").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00005000" / "MANIFEST.json").touch()
+    process = start(tmp_path, "supervise", "older")
+    assert process.wait(30) == 0, process.stderr.read()
+    assert launches(tmp_path) == 6
+
+
+def test_a_node_that_went_back_is_started_again(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00005000").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00005000" / "MANIFEST.json").touch()
+    assert start(tmp_path, "node", "older").wait(30) == 75
+
+
+def test_a_run_whose_code_could_not_be_noted_is_not_done_twice(tmp_path: Path) -> None:
+    assert start(tmp_path, "supervise", "swept").wait(30) == 0
+    assert launches(tmp_path) == 1
+
+
+def test_a_closed_terminal_is_a_signal_like_others(tmp_path: Path) -> None:
+    process = start(tmp_path, "supervise", "stops")
+    process.stderr.close()
+    wait_for(tmp_path / "ready")
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) == 75 and (tmp_path / "signals").read_text() == "1"
+
+
 def test_a_code_that_was_half_written_is_a_fault(tmp_path: Path) -> None:
     process = start(tmp_path, "supervise", "half")
     assert process.wait(30) == 1
@@ -134,6 +171,7 @@ def test_a_signal_in_the_pause_starts_nothing_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words, told", [
     ([], "bash scripts/supervise.sh configs/accelerate"),
     (["configs/accelerate/cpu.yaml"], "bash scripts/supervise.sh configs/accelerate"),
+    (["configs/accelerate/cpus.yaml", "configs/quickstart.yaml"], "configs/accelerate/cpus.yaml: not an accelerate file"),
     (["configs/accelerate/cpu.yaml", "configs/quickstart.yaml"], "SUPERVISE_PAUSE: '1m' (environment) is not a number"),
 ])  # fmt: skip
 def test_bad_words_are_told(words: list[str], told: str) -> None:

@@ -376,6 +376,7 @@ def test_flops_of_124m_by_hand():
         ("NVIDIA H100 PCIe", 756e12, 350),
         ("NVIDIA H100 NVL", 835e12, 400),
         ("NVIDIA H200", 989e12, 700),
+        ("NVIDIA H200 NVL", 835e12, 600),
         ("NVIDIA A100-SXM4-80GB", 312e12, 400),
         ("NVIDIA A100-SXM-80GB", 312e12, 400),
         ("NVIDIA A100-PCIE-40GB", 312e12, 250),

@@ -281,3 +281,19 @@ def test_metrics_leave_out_a_line_cut_off(tmp_path, last):
     assert read_json_lines(path) == [{"step": 1, "train_loss": None}] + (
         [{"step": 2}] if last.startswith('{"step": 2}') else []
     )
+
+
+def test_a_run_that_waits_for_the_folder_does_not_hold_it(tmp_path, monkeypatch):
+    """Else its end would be told as that of the run that trains."""
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.lock()
+    held: list[bool] = []
+
+    def wait(handle, seconds) -> bool:
+        held.append(second.locked)
+        return False
+
+    monkeypatch.setattr(run_folder, "_lock", wait)
+    with pytest.raises(ConfigError, match="is being trained in by process"):
+        second.lock()
+    assert held == [False] and first.locked and not second.locked

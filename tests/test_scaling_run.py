@@ -16,7 +16,7 @@ import pytest
 from conftest import make_documents
 from launch import ROOT, TINY, environment, options
 from recipe.benchmark import divide
-from recipe.estimate import MEASURED_SCALING, parse_machine, tokens_per_second
+from recipe.estimate import MEASURED_MACHINES, parse_machine, tokens_per_second
 from recipe.launches import Launch, LaunchError, descendants
 from recipe.overlap import communication, kind_of, length, uncovered, union
 from recipe.parsing import load_config
@@ -102,12 +102,12 @@ def test_efficiency_and_differences() -> None:
         last_json("nothing")
 
 
-def test_measured_scaling_takes_the_place_of_the_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_machines_take_the_place_of_the_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     config, machine = load_config([CONFIG]), parse_machine("8xH100-80GB")
     computed, measured = tokens_per_second(config, machine)
     assert not measured
-    monkeypatch.setitem(MEASURED_SCALING, ("H100-80GB", 12, 768, 8), 0.9)
-    assert tokens_per_second(config, machine) == (pytest.approx(8 * 563_400 * 0.9), True)
+    monkeypatch.setitem(MEASURED_MACHINES, ("H100-80GB", 12, 768, 8), 4_000_000)
+    assert tokens_per_second(config, machine) == (4_000_000, True)
     # Only for steps of the size that was measured.
     config.batch_tokens //= 8
     speed, measured = tokens_per_second(config, machine)

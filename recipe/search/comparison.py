@@ -142,8 +142,11 @@ class Ratio:
         return None if self.tokens is None else self.tokens * self.end.speed / self.speed
 
     @property
-    def meets_goal(self) -> bool:
-        return self.tokens is not None and self.reached.bound != "more than" and self.tokens <= GOALS[self.baseline]
+    def meets_goal(self) -> bool | None:
+        """None where the loss was not reached in fewer tokens than the goal allows: it may be, by longer runs."""
+        if self.tokens is None or self.tokens > GOALS[self.baseline]:
+            return False
+        return None if self.reached.bound == "more than" else True
 
 
 def ratios_of(ends: dict[str, list[End]]) -> list[Ratio]:
@@ -220,7 +223,7 @@ class Prediction:
 
 def predict(ratios: list[Ratio], fast: Fit | None, llmc: Fit | None, base: str, prices: dict[str, float]) -> list[Prediction]:
     """From the tokens' ratio to llm.c's at the largest budget, taken to stay as it is; and from two fits, by the tokens after
-    which the fast recipe comes to where llm.c's stands after its 9.9B.
+    which the fast recipe comes to where llm.c's stands after LLMC_TOKENS.
 
     Args:
         base: configuration of the fast recipe.
@@ -231,7 +234,10 @@ def predict(ratios: list[Ratio], fast: Fit | None, llmc: Fit | None, base: str, 
     if held:
         last = max(held, key=lambda r: r.end.tokens)
         bound = " (an upper bound)" if last.reached.bound else ""
-        basis = f"the ratio {last.tokens:.2f}{bound} to llm.c's tokens at {show_tokens(last.end.tokens)}, taken to hold at 9.9B"
+        basis = (
+            f"the ratio {last.tokens:.2f}{bound} to llm.c's tokens at {show_tokens(last.end.tokens)}, taken to hold at "
+            f"{show_tokens(LLMC_TOKENS)}"
+        )
         found.append((basis, last.tokens * LLMC_TOKENS, None, None))
     if fast and llmc:
         tokens = fast.law.tokens(llmc.law.loss(LLMC_TOKENS))
@@ -240,7 +246,7 @@ def predict(ratios: list[Ratio], fast: Fit | None, llmc: Fit | None, base: str, 
             pairs = zip(fast.draws, llmc.draws, strict=True)
             low, high = interval([one.tokens(other.loss(LLMC_TOKENS)) for one, other in pairs])
         floor = "fitted floors" if fast.given_floor is None else f"the floor {fast.given_floor:.3f}"
-        found.append((f"the fits of both recipes with {floor}, continued to 9.9B", tokens, low, high))
+        found.append((f"the fits of both recipes with {floor}, continued to {show_tokens(LLMC_TOKENS)}", tokens, low, high))
     return [Prediction(*one, costs=_costs(one[1], base, prices)) for one in found]
 
 

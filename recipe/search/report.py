@@ -35,6 +35,8 @@ from recipe.search.results import Record, check_unchanged, key_of, read_results
 from recipe.search.statistics import INTERVAL, Gain, Noise, Reached, gain
 from recipe.search.trials import GROUPS, Stage, Trial, jobs_of, show_tokens
 
+VERDICTS = {True: "met", False: "missed", None: "open"}
+"""Of a goal; open where longer runs may meet it."""
 SECTIONS = ("noise", "gains", "comparison", "fit", "prediction", "trials", "failures")
 """Of the document: what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced."""
 
@@ -192,7 +194,7 @@ def _comparison(ends: dict[str, list[End]], ratios: list[Ratio], noise: Noise | 
         (
             (
                 r.baseline, show_tokens(r.end.budget), f"{r.end.loss:.4f}", _tokens(r.ends), _tokens(r.along),
-                _share(r, r.tokens), _share(r, r.seconds), f"{GOALS[r.baseline]:.0%}", "met" if r.meets_goal else "missed",
+                _share(r, r.tokens), _share(r, r.seconds), f"{GOALS[r.baseline]:.0%}", VERDICTS[r.meets_goal],
             )
             for r in ratios
         ),

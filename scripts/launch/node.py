@@ -16,6 +16,7 @@ sys.path[0] = str(ROOT)
 from recipe.cli import EXIT_CONFIG, report_problems
 from recipe.config import ConfigError
 from recipe.nodes import run_node, this_node
+from recipe.output import lasting_output
 from recipe.parsing import load_config
 
 
@@ -37,7 +38,8 @@ def main(words: list[str]) -> int:
         f"node {node.rank} of {node.nodes}, {node.processes} processes each, the first at {node.address}:{node.port}",
         flush=True,
     )
-    return run_node(node, accelerate_file, ROOT / "scripts" / "pretrain.py", arguments, output_dir)
+    with lasting_output():
+        return run_node(node, accelerate_file, ROOT / "scripts" / "pretrain.py", arguments, output_dir)
 
 
 if __name__ == "__main__":
