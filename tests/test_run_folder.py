@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import typing
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from recipe.parsing import load_config
 from recipe.plan import GPT2_VOCAB_SIZE
 from recipe.run_folder import RunFolder, describe_environment, describe_tokenizer
 from recipe.tokenizer import load_tokenizer, train_tokenizer
+from recipe.train import Run
 
 
 def make_config(**fields) -> Config:
@@ -297,3 +299,14 @@ def test_a_run_that_waits_for_the_folder_does_not_hold_it(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="is being trained in by process"):
         second.lock()
     assert held == [False] and first.locked and not second.locked
+
+
+def test_a_full_disk_does_not_keep_the_watchdog_from_ending_the_run(tmp_path):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    folder.config.write_text("")
+    folder.status = full
+    plan = SimpleNamespace(tokens_after=lambda step: step)
+    Run._fail(SimpleNamespace(folder=folder, distributed=SimpleNamespace(rank=0), step=1, plan=plan), "stuck", 0)
