@@ -161,7 +161,9 @@ class Watchdog:
         # another rank said is up to a beat old, and its limit is reached a moment after ours.
         almost = self.limit - 2 * self.interval
         at_work = [r for r, beat in everyone.items() if not beat.waiting and self._is_stuck(beat, almost)]
-        candidates = silent or [r for r in stuck if everyone[r].writing > self.limit] or at_work or stuck
+        # In a step it may be a collective that waits, and nobody says so; a rank at its data has not come to one.
+        at_data = [r for r in at_work if everyone[r].phase == "data"]
+        candidates = silent or [r for r in stuck if everyone[r].writing > self.limit] or at_data or at_work or stuck
         culprit = max(candidates, key=lambda rank: everyone[rank].seconds)
         if silent and everyone[culprit].host == self._host and has_ended(everyone[culprit].pid):
             reason = f"watchdog: lost {self._describe(culprit)}: its process is gone, killed or failed"

@@ -59,6 +59,9 @@ def run_rank(rank: int, ranks: int, engine: str, port: int, folder: str, argumen
     periodic.sample = lambda *arguments: []
     train.finish_run = lambda *arguments: None
     note_rows(Path(folder) / f"ledger-{rank}-{os.getpid()}.jsonl", rank, ranks)
+    if any(options.get("place") == "read" for _, _, options in faults):
+        # On every rank: each step waits for its text, as a step does whose rows were not there the last time.
+        RowStream._foresee = lambda self, rows: None
     for where, name, options in faults:
         if where == rank:
             FAULTS[name](lambda: Path(f"{folder}/fired-{rank}").touch(), **options)
@@ -114,7 +117,8 @@ PLACES = {
     "delete": lambda: (checkpoint, "remove"),
     "step": lambda: (Run, "_train_step"),
     "micro-step": lambda: (PretrainingModel, "forward"),
-    "read": lambda: (RowStream, "_allocate"),
+    "read": lambda: (RowStream, "_read"),
+    "draw": lambda: (RowStream, "next_batch"),
     "validate": lambda: (PeriodicEvaluation, "_validate"),
     "hellaswag": lambda: (PeriodicEvaluation, "_evaluate_hellaswag"),
     "losses": lambda: (engine_class(), "losses"),

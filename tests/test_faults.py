@@ -469,6 +469,7 @@ IN_STEP = {"place": "micro-step", "call": 18, "after": 1.5}  # the last sign of 
             "no sign of life",
         ),
         (1, "sleep", {"place": "read", "call": 6, "seconds": 120}, "rank 1 in data at step", "no progress"),
+        (1, "sleep", {"place": "draw", "call": 6, "seconds": 120}, "rank 1 in data at step", "no progress"),
         (0, "sleep", {"place": "write", "call": 3, "seconds": 120}, "rank 0 in", "writing a checkpoint"),
     ],
 )

@@ -397,6 +397,42 @@ def test_a_batch_of_rows_that_are_there_gives_the_threads_nothing_to_do(tmp_path
     stream.close()
 
 
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+@pytest.mark.parametrize("ranks", (1, 2, 4))
+def test_a_batch_is_assembled_before_it_is_asked_for(tmp_path, ranks, packing):
+    """By a thread, while the model trains; and ranks that know what is there do not ask each other for every batch. A state is
+    that of the batches taken, and whoever asks for something else gets it."""
+    corpus = numbered_corpus(tmp_path / "text", [[300] * 64] * 4, group=16)  # a shard's first 16 documents fill 670 rows
+    plain = make_stream(corpus, packing=packing)
+    expected = [(plain.next_batch(size).tolist(), plain.state()) for size in [16] * 20 + [48, 16]]
+
+    def run(exchange: ThreadExchange) -> None:
+        stream = make_stream(corpus, exchange, workers=1, packing=packing)
+        exchanges, add = [], exchange.sum
+        exchange.sum = lambda values: exchanges.append(values.shape) or add(values)
+        assert stream.next_batch(16).tolist() == expected[0][0][exchange.rank :: ranks]
+        assemblers = []
+        for packer in stream._packers.values():
+            find = packer._tokens
+            packer._tokens = lambda count, find=find: assemblers.append(threading.current_thread().name) or find(count)
+        for rows, _ in expected[1:20]:
+            assert stream.next_batch(16).tolist() == rows[exchange.rank :: ranks]
+        assert exchanges == [(17,)]
+        assert len(assemblers) >= 18 * 16 // ranks and all(name.startswith("assemble") for name in assemblers)
+        assert stream.state() == expected[19][1]
+        spans = []
+        for rows, state in expected[20:]:
+            assert stream.next_batch(len(rows), spans).tolist() == rows[exchange.rank :: ranks]
+            assert stream.state() == state
+        assert sum(span.tokens for span in spans) == (48 + 16) // ranks * (LENGTH + 1)
+        stream.close()
+        assert stream.state() == expected[-1][1]
+
+    for result in run_ranks(ranks, run):
+        if isinstance(result, Exception):
+            raise result
+
+
 def test_shard_that_ends_early_is_skipped(tmp_path):
     """One file of 60 rows beside seven of one row: all ranks still get their equal part of every batch."""
     corpus = numbered_corpus(tmp_path, [[LENGTH + 1]] * 5 + [[LENGTH * 60 + 1]] + [[LENGTH + 1]] * 2)
@@ -677,7 +713,7 @@ def test_close_ends_the_threads(corpus):
     stream._pool.submit(retried.wait, 20)  # a read of the Hub, say, minutes of which nobody waits for
     began = time.monotonic()
     stream.close()
-    assert time.monotonic() - began < 5 and len(started) == 3
+    assert time.monotonic() - began < 5 and len(started) == 4  # one of them assembles
     retried.set()
     for thread in started:
         thread.join(5)
@@ -710,6 +746,42 @@ def test_reading_ahead_happens_in_the_threads(corpus):
         stream.next_batch(30)
         stream.close()
         assert all(name.startswith(prefix) for name in readers), readers
+
+
+def test_a_shard_is_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    """Also where a task has come to its end, and the one that it started is at work, before anybody has noted the first."""
+    corpus = numbered_corpus(tmp_path / "text", [[9] * 200], group=200)
+    expected = make_stream(corpus).next_batch(32).tolist()
+    stream = make_stream(corpus, workers=2)
+    (packer,) = stream._packers.values()
+    read, second, threads, at_once = packer.read_chunk, threading.Event(), [], []
+
+    def read_chunk(epoch: int) -> bool:
+        threads.append(threading.get_ident())
+        at_once.append(len(set(threads)))
+        if len(at_once) == 2:
+            second.set()
+            time.sleep(0.5)
+        try:
+            return read(epoch)
+        finally:
+            threads.remove(threading.get_ident())
+
+    submit = stream._pool.submit
+
+    def submit_and_dawdle(*task):
+        future = submit(*task)
+        second.wait(0.3)
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.1)
+        return future
+
+    packer.read_chunk = read_chunk
+    monkeypatch.setattr(stream._pool, "submit", submit_and_dawdle)
+    stream.prefetch(32)
+    assert stream.next_batch(32).tolist() == expected
+    stream.close()
+    assert len(at_once) > 2 and set(at_once) == {1}
 
 
 def test_rows_that_are_there_do_not_wait_for_what_is_read_ahead(tmp_path: Path):

@@ -8,6 +8,7 @@ which owns its shard as long as the ranks divide the shards and no shard has end
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -46,6 +47,18 @@ class Span:
     """Number of its tokens in the row."""
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A batch that is assembled, of rows that have not been taken yet."""
+
+    rows: np.ndarray
+    """This rank's."""
+    shards: np.ndarray
+    """Of the rows of all ranks, in their order."""
+    counts: list[tuple[int, int]]
+    """This rank's shards among them, and how many of the rows are theirs."""
+
+
 class Exchange(Protocol):
     """What the ranks tell each other, on the CPU."""
 
@@ -77,7 +90,8 @@ class RowStream:
         corpus: training text, without what is held out for validation.
         seed: of the order of units and documents.
         max_epochs: passes over the text after which it has run out.
-        workers: threads that tokenise ahead; 0 for none. Text on the Hub gets HUB_THREADS if that is more.
+        workers: threads that tokenise ahead; 0 for none. Text on the Hub gets HUB_THREADS if that is more. With any, one more
+            assembles the next batch.
         state: a `state()` of this or another topology to continue from.
         skip_rows: ranges (first, last) of rows, numbered through the run from 0, that are left out.
         accept_other_data: go on from a state of other data, as long as shards and rows have the same shape.
@@ -136,6 +150,13 @@ class RowStream:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenise") if workers else None
         self._filling: dict[int, Future] = {}
         """What reads ahead, by shard: the last of a row of tasks."""
+        self._filling_lock = threading.Lock()
+        """From the start of a task until it is noted: it must not be noted behind the one that it starts itself."""
+        self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble") if workers else None
+        self._ahead: Future[_Ready | None] | None = None
+        """The next batch, if it can be foreseen. Once it is there, the shards have moved behind the batches taken."""
+        self._promised = np.zeros(self.num_shards, dtype=np.int64)
+        """Rows of each shard of which all ranks know that they are there."""
 
     @property
     def epoch(self) -> int:
@@ -150,6 +171,23 @@ class RowStream:
         Raises:
             DataError: on every rank, if the text has run out or a rank could not read its part.
         """
+        ready, self._ahead = self._settle(), None
+        if ready and len(ready.shards) == rows and trace is None:
+            self.rows += rows
+            batch = ready.rows
+        else:
+            ready, batch = None, self._assemble(rows, trace)
+            self.prefetch(rows)
+        if self._assembler:
+            self._ahead = self._assembler.submit(self._assemble_ahead, rows, ready)
+        return batch
+
+    def _settle(self) -> _Ready | None:
+        """What was assembled ahead; until then the cursors of the shards may not be read, nor any be moved."""
+        return self._ahead.result() if self._ahead else None
+
+    def _assemble(self, rows: int, trace: list[Span] | None) -> np.ndarray:
+        """This rank's part of the next batch, when it is asked for."""
         shards: list[np.ndarray] = []
         own_places: list[np.ndarray] = []
         own_rows: list[np.ndarray] = []
@@ -159,12 +197,8 @@ class RowStream:
             kept = self._without_skipped(drawn, len(part))
             position = np.full(len(part), -1)
             position[kept] = count + np.arange(len(kept))
-            by_shard = np.argsort(part, kind="stable")
-            ends = np.cumsum(np.bincount(part, minlength=self.num_shards)).tolist()
-            for shard in self._packers:
-                places = position[by_shard[ends[shard - 1] if shard else 0 : ends[shard]]]
-                if not len(places):
-                    continue
+            for shard, found in self._own(part):
+                places = position[found]
                 if trace is not None:
                     trace += self._spans(shard, places)
                 own_places.append(places)
@@ -173,9 +207,39 @@ class RowStream:
             count += len(kept)
             drawn += len(part)
         self.rows = drawn
-        batch = self._deliver(np.concatenate(shards), own_places, own_rows)
-        self.prefetch(rows)
-        return batch
+        return self._deliver(np.concatenate(shards), own_places, own_rows)
+
+    def _assemble_ahead(self, rows: int, taken: _Ready | None) -> _Ready | None:
+        """In a thread, while the model trains: move behind `taken`, look at the next batch, and have those behind it read.
+
+        The rows of the next batch stay the next: a state is that of the batches taken. None if an exchange has to tell which
+        rows the batch has, or to bring them, or if some of them are left out.
+        """
+        if taken:
+            for shard, count in taken.counts:
+                self._packers[shard].skip(count)
+            self._move_behind(taken.shards)
+        if self._exchange.num_ranks == 1:
+            for shard, packer in self._packers.items():
+                self._promised[shard] = packer.buffered_rows
+        shards, ready = self._foresee(rows), None
+        if shards is not None and self._is_local(shards) and len(self._without_skipped(self.rows, rows)) == rows:
+            own = list(self._own(shards))
+            own_rows = [self._packers[shard].peek(len(places)) for shard, places in own]
+            batch = self._deliver(shards, [places for _, places in own], own_rows)
+            ready = _Ready(batch, shards, [(shard, len(places)) for shard, places in own])
+        with suppress(RuntimeError):  # the stream was closed
+            self.prefetch(rows)
+        return ready
+
+    def _own(self, shards: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """This rank's among some rows' shards, each with its places."""
+        by_shard = np.argsort(shards, kind="stable")
+        ends = np.cumsum(np.bincount(shards, minlength=self.num_shards)).tolist()
+        for shard in self._packers:
+            places = by_shard[ends[shard - 1] if shard else 0 : ends[shard]]
+            if len(places):
+                yield shard, places
 
     def _spans(self, shard: int, places: np.ndarray) -> Iterator[Span]:
         units = self._units_of(shard)
@@ -197,6 +261,7 @@ class RowStream:
 
     def position(self) -> dict:
         """Where the stream stands after the batches taken so far, as JSON; every rank must call."""
+        self._settle()
         cursors = np.zeros((self.num_shards, 4), dtype=np.int64)
         for shard, packer in self._packers.items():
             cursors[shard] = astuple(packer.cursor)
@@ -212,6 +277,7 @@ class RowStream:
     def close(self) -> None:
         """Let the threads end, without waiting: a read that is retried may take minutes."""
         if self._pool:
+            self._assembler.shutdown(wait=False)
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _restore(self, state: dict) -> list[Cursor]:
@@ -239,37 +305,70 @@ class RowStream:
         return permutation(size, self._seed, epoch, unit.file, unit.start, window)
 
     def _allocate(self, rows: int) -> np.ndarray:
-        """The shards that give the next rows, at most `rows`, as far as one exchange tells."""
-        live = np.flatnonzero(~self._finished)
+        """The shards that give the next rows, at most `rows`, as far as one exchange tells; without one, if it is known."""
+        shards = self._foresee(rows)
+        if shards is None:
+            live = self._live()
+            if not len(live):
+                self._epoch += 1
+                self._finished[:] = False
+                self._pointer = 0
+                live = np.arange(self.num_shards)
+                if self._epoch >= self._max_epochs:
+                    tokens = self.rows * self._length
+                    raise DataError(
+                        f"the text has run out after {tokens:,} tokens and {self._max_epochs} epochs; raise max_epochs"
+                    )
+            wanted = -(-rows // len(live))
+            self._promised = self._read(live, wanted)
+            shards = self._foresee(rows)
+            if shards is None:
+                shards = self._allocate_unequal(rows, live, wanted)
+        self._move_behind(shards)
+        return shards
+
+    def _move_behind(self, shards: np.ndarray) -> None:
+        """Go on in the order behind rows of these shards."""
+        self._promised -= np.bincount(shards, minlength=self.num_shards)
+        if len(shards):
+            self._pointer = (int(shards[-1]) + 1) % self.num_shards
+
+    def _live(self) -> np.ndarray:
+        """The shards that have rows left in the epoch, as far as is known."""
+        return np.flatnonzero(~self._finished)
+
+    def _foresee(self, rows: int) -> np.ndarray | None:
+        """The shards that give the next `rows` rows, if all ranks know that each has its share of them."""
+        live = self._live()
         if not len(live):
-            self._epoch += 1
-            self._finished[:] = False
-            self._pointer = 0
-            live = np.arange(self.num_shards)
-            if self._epoch >= self._max_epochs:
-                tokens = self.rows * self._length
-                raise DataError(f"the text has run out after {tokens:,} tokens and {self._max_epochs} epochs; raise max_epochs")
+            return None
         wanted = -(-rows // len(live))
+        if (self._promised[live] < wanted).any():
+            return None
+        return np.tile(np.roll(live, -np.searchsorted(live, self._pointer)), wanted)[:rows]
+
+    def _read(self, live: np.ndarray, wanted: int) -> np.ndarray:
+        """How many rows each shard has ready, after an exchange; fewer than `wanted` only if it has no more in the epoch."""
         available, failed = np.zeros(self.num_shards + 1, dtype=np.int64), None
         try:
             own = [shard for shard in live.tolist() if shard in self._packers]
             for shard in own:
                 self._wait_for(shard, wanted)
-            available[own] = [min(wanted, self._packers[shard].buffered_rows) for shard in own]
-            missing = [shard for shard in own if available[shard] < wanted]
+            missing = [shard for shard in own if self._packers[shard].buffered_rows < wanted]
             fill = self._pool.map if self._pool and len(missing) > 1 else map
-            for shard, count in zip(missing, fill(lambda s: self._packers[s].fill(wanted, self._epoch), missing), strict=True):
-                available[shard] = count
+            list(fill(lambda s: self._packers[s].fill(wanted, self._epoch), missing))
+            available[own] = [self._packers[shard].buffered_rows for shard in own]
         except Exception as error:
             # The others learn of it in this exchange; without it they would wait for us until the time-out.
             failed, available[-1] = error, 1
         available = self._exchange.sum(available)
         if available[-1]:
             raise failed or DataError("another rank could not read its part of the text; its message says which")
-        if (available[live] == wanted).all():  # what follows, at once
-            full = np.tile(np.roll(live, -np.searchsorted(live, self._pointer)), wanted)[:rows]
-            self._pointer = (int(full[-1]) + 1) % self.num_shards
-            return full
+        return available[:-1]
+
+    def _allocate_unequal(self, rows: int, live: np.ndarray, wanted: int) -> np.ndarray:
+        """As `_allocate`, where a shard has less than its share."""
+        available = np.minimum(self._promised, wanted)
         order: list[int] = []
         for shard in self._cycle(live):
             if len(order) == rows:
@@ -277,7 +376,6 @@ class RowStream:
             if available[shard]:
                 available[shard] -= 1
                 order.append(int(shard))
-                self._pointer = (int(shard) + 1) % self.num_shards
             elif order.count(int(shard)) < wanted:
                 self._finished[shard] = True
             else:
@@ -302,7 +400,7 @@ class RowStream:
         taken = np.concatenate([np.empty((0, self._length + 1), self._dtype), *own_rows])
         if (places < 0).any():
             places, taken = places[places >= 0], taken[places >= 0]
-        if (shards % ranks == np.arange(len(shards)) % ranks).all():
+        if self._is_local(shards):
             batch = np.empty((len(shards) // ranks, self._length + 1), dtype=self._dtype)
             batch[places // ranks] = taken
             return batch
@@ -310,23 +408,38 @@ class RowStream:
         batch[places] = taken
         return self._exchange.sum(batch)[rank::ranks].astype(self._dtype)
 
+    def _is_local(self, shards: np.ndarray) -> bool:
+        """Whether every rank owns the shards of its rows."""
+        ranks = self._exchange.num_ranks
+        return bool((shards % ranks == np.arange(len(shards)) % ranks).all())
+
     def prefetch(self, rows: int) -> None:
         """Set the threads to read ahead of the batches of `rows` rows, which `next_batch` does by itself from then on."""
         if not self._pool:
             return
-        live = np.flatnonzero(~self._finished)
+        live = self._live()
         wanted = READ_AHEAD * -(-rows // max(1, len(live)))
         for shard in live.tolist():
             # Only where rows are missing: to hand a thread a task takes longer than to take a row.
-            if shard in self._packers and self._packers[shard].buffered_rows < wanted and shard not in self._filling:
-                self._filling[shard] = self._pool.submit(self._read_ahead, shard, wanted, self._epoch)
+            if shard in self._packers and self._packers[shard].buffered_rows < wanted and not self._is_filling(shard):
+                self._fill_ahead(shard, wanted, self._epoch)
+
+    def _is_filling(self, shard: int) -> bool:
+        """Whether a thread reads ahead, or has failed: `_wait_for` will say so."""
+        future = self._filling.get(shard)
+        # A task that starts another is done only when that is noted.
+        return future is not None and not (future.done() and future is self._filling[shard] and not future.exception())
+
+    def _fill_ahead(self, shard: int, rows: int, epoch: int) -> None:
+        with self._filling_lock:
+            self._filling[shard] = self._pool.submit(self._read_ahead, shard, rows, epoch)
 
     def _read_ahead(self, shard: int, rows: int, epoch: int) -> None:
         """In a thread: a few documents, and then again behind the other shards, which may need theirs sooner."""
         packer = self._packers[shard]
         if packer.read_chunk(epoch) and packer.buffered_rows < rows:
             with suppress(RuntimeError):  # the stream was closed
-                self._filling[shard] = self._pool.submit(self._read_ahead, shard, rows, epoch)
+                self._fill_ahead(shard, rows, epoch)
 
     def _wait_for(self, shard: int, rows: int) -> None:
         """Wait for what is being read ahead until `rows` rows are there or nothing reads any more.
