@@ -64,7 +64,6 @@ class ScalingRun:
     """Of every launch, on top of this process'."""
     measured: dict[tuple[str, str, int], dict[str, Any]] = field(default_factory=dict)
     """Results of `benchmark.py step` by config, engine and ranks."""
-    _rows: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         compiled = {
@@ -235,10 +234,8 @@ class ScalingRun:
     def _micro_batch_size(self, config: str) -> int:
         """Rows of the most ranks' micro-batches where losses are compared. On fewer ranks they are as many: what is compiled
         once serves all launches, and only what the ranks sum among themselves is summed in another order."""
-        if config not in self._rows:
-            loaded = load_config([config, *_words(self.fields | self._losses_batch(config))])
-            self._rows[config] = resolve(loaded, self.most, find_card() if self.gpus else None).micro_batch_size
-        return self._rows[config]
+        loaded = load_config([config, *_words(self.fields | self._losses_batch(config))])
+        return resolve(loaded, self.most, find_card() if self.gpus else None).micro_batch_size
 
     def _losses_command(self, config: str, ranks: int, micro_batch_size: int) -> list[str]:
         fields = self.fields | self._losses_batch(config) | {"micro_batch_size": str(micro_batch_size)}

@@ -177,7 +177,6 @@ class RowStream:
             batch = ready.rows
         else:
             ready, batch = None, self._assemble(rows, trace)
-            self.prefetch(rows)
         if self._assembler:
             self._ahead = self._assembler.submit(self._assemble_ahead, rows, ready)
         return batch

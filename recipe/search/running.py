@@ -14,7 +14,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,9 @@ class Search:
             more is known, and a branch of that run, whose time was reckoned with, comes before it.
         """
         late = None
-        for job in self.jobs_left():
+        for job in self._startable():
             if not pool.has_room:
                 break
-            if not self._can_start(job):
-                continue
             elapsed, needed = time.monotonic() - self._began, self.seconds_needed(job)
             if fits(needed, elapsed, self._limit):
                 self._start(pool, job, text)
@@ -194,7 +192,11 @@ class Search:
 
     def next_job(self) -> Job | None:
         """The first that can be started now."""
-        return next((job for job in self.jobs_left() if self._can_start(job)), None)
+        return next(self._startable(), None)
+
+    def _startable(self) -> Iterator[Job]:
+        """Those that can be started, in order, each looked at when its turn comes: one that was started may bar others."""
+        return (job for job in self.jobs_left() if self._can_start(job))
 
     def _can_start(self, job: Job) -> bool:
         """Whether it is not under way and, for a branch, its stable part has ended: its curve begins with that one's."""
