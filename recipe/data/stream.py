@@ -8,7 +8,6 @@ which owns its shard as long as the ranks divide the shards and no shard has end
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +19,7 @@ import numpy as np
 from recipe.data.corpus import Corpus, DataError, Unit
 from recipe.data.order import ORDER_VERSION, permutation
 from recipe.data.packing import Cursor, DocumentPacker, ShardPacker
+from recipe.data.read_ahead import ReadAhead
 from recipe.tokenizer import Encoder
 
 MAX_SHARDS = 64
@@ -148,10 +148,7 @@ class RowStream:
         }
         threads = max(workers, HUB_THREADS) if corpus.over_network else workers
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenise") if workers else None
-        self._filling: dict[int, Future] = {}
-        """What reads ahead, by shard: the last of a row of tasks."""
-        self._filling_lock = threading.Lock()
-        """From the start of a task until it is noted: it must not be noted behind the one that it starts itself."""
+        self._read_ahead = ReadAhead(self._packers, self._pool)
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble") if workers else None
         self._ahead: Future[_Ready | None] | None = None
         """The next batch, if it can be foreseen. Once it is there, the shards have moved behind the batches taken."""
@@ -351,11 +348,7 @@ class RowStream:
         available, failed = np.zeros(self.num_shards + 1, dtype=np.int64), None
         try:
             own = [shard for shard in live.tolist() if shard in self._packers]
-            for shard in own:
-                self._wait_for(shard, wanted)
-            missing = [shard for shard in own if self._packers[shard].buffered_rows < wanted]
-            fill = self._pool.map if self._pool and len(missing) > 1 else map
-            list(fill(lambda s: self._packers[s].fill(wanted, self._epoch), missing))
+            self._read_ahead.fill(own, wanted, self._epoch)
             available[own] = [self._packers[shard].buffered_rows for shard in own]
         except Exception as error:
             # The others learn of it in this exchange; without it they would wait for us until the time-out.
@@ -414,45 +407,9 @@ class RowStream:
 
     def prefetch(self, rows: int) -> None:
         """Set the threads to read ahead of the batches of `rows` rows, which `next_batch` does by itself from then on."""
-        if not self._pool:
-            return
         live = self._live()
         wanted = READ_AHEAD * -(-rows // max(1, len(live)))
-        for shard in live.tolist():
-            # Only where rows are missing: to hand a thread a task takes longer than to take a row.
-            if shard in self._packers and self._packers[shard].buffered_rows < wanted and not self._is_filling(shard):
-                self._fill_ahead(shard, wanted, self._epoch)
-
-    def _is_filling(self, shard: int) -> bool:
-        """Whether a thread reads ahead, or has failed: `_wait_for` will say so."""
-        future = self._filling.get(shard)
-        # A task that starts another is done only when that is noted.
-        return future is not None and not (future.done() and future is self._filling[shard] and not future.exception())
-
-    def _fill_ahead(self, shard: int, rows: int, epoch: int) -> None:
-        with self._filling_lock:
-            self._filling[shard] = self._pool.submit(self._read_ahead, shard, rows, epoch)
-
-    def _read_ahead(self, shard: int, rows: int, epoch: int) -> None:
-        """In a thread: a few documents, and then again behind the other shards, which may need theirs sooner."""
-        packer = self._packers[shard]
-        if packer.read_chunk(epoch) and packer.buffered_rows < rows:
-            with suppress(RuntimeError):  # the stream was closed
-                self._fill_ahead(shard, rows, epoch)
-
-    def _wait_for(self, shard: int, rows: int) -> None:
-        """Wait for what is being read ahead until `rows` rows are there or nothing reads any more.
-
-        Raises:
-            Exception: what ended the reading, if the rows are not there. Until then it is kept.
-        """
-        packer = self._packers[shard]
-        while (future := self._filling.get(shard)) is not None:
-            if packer.buffered_rows >= rows and (not future.done() or future.exception()):
-                return
-            future.result()
-            if self._filling.get(shard) is future:
-                del self._filling[shard]
+        self._read_ahead.begin((shard for shard in live.tolist() if shard in self._packers), wanted, self._epoch)
 
 
 def _before(row: int, fingerprint: dict) -> dict:
