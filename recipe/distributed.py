@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from recipe.config import ConfigError
 from recipe.micro_batch import under_zero1
+from recipe.signals import print_stacks_on_signal
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After this long a rank that waits for the others gives up."""
@@ -31,6 +32,7 @@ class Distributed:
 
     def __init__(self, timeout: timedelta = COLLECTIVE_TIMEOUT):
         self.waiting = False
+        print_stacks_on_signal()
         # DeepSpeed calls collectives by names that newer torch deprecates.
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
         self.cuda = torch.cuda.is_available()

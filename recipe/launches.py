@@ -9,9 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from recipe.signals import STACKS_SIGNAL
+
 ROOT = Path(__file__).resolve().parent.parent
+STACKS_S = 0.5
+"""Time to print the stacks."""
 
 
 class LaunchError(Exception):
@@ -69,13 +74,13 @@ class Launch:
         """The exit code.
 
         Raises:
-            LaunchError: at the deadline, on the monotonic clock; then every process of it has been killed.
+            LaunchError: at the deadline, on the monotonic clock; then every process of it has been killed, and its log says
+                where the ranks stood.
         """
         try:
             return self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.kill()
-            raise LaunchError(f"not done within its time; {self.last_words()}") from None
+            raise self._too_late("not done") from None
 
     def succeed(self, deadline: float) -> str:
         """Wait for exit code 0 and give what it printed.
@@ -98,8 +103,7 @@ class Launch:
             if self.process.poll() is not None:
                 raise LaunchError(f"ended with code {self.process.returncode} before {what}; {self.last_words()}")
             if time.monotonic() > deadline:
-                self.kill()
-                raise LaunchError(f"no {what} within its time; {self.last_words()}")
+                raise self._too_late(f"no {what}")
             time.sleep(0.02)
 
     def worker(self, rank: int) -> int:
@@ -118,6 +122,16 @@ class Launch:
             if f"RANK={rank}".encode() in variables and parent == self.process.pid:
                 return pid
         raise LaunchError(f"no process of rank {rank} under {self.process.pid}")
+
+    def _too_late(self, what: str) -> LaunchError:
+        """The error, once the ranks have been asked where they stand, and killed."""
+        told = self.last_words()
+        for pid in children(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, STACKS_SIGNAL)
+        time.sleep(STACKS_S)
+        self.kill()
+        return LaunchError(f"{what} within its time; {told}")
 
     def kill(self) -> None:
         """End it with all its workers, and wait until they are gone."""

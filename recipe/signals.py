@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """The last one comes when a terminal is closed."""
+STACKS_SIGNAL = signal.SIGUSR2
+"""A rank that gets it prints what each of its threads is doing, and goes on."""
 REPEATED_S = 3
 """Signals within so many seconds are one request: a launcher that dies sends its SIGTERM once for each of its threads."""
 
@@ -99,6 +102,11 @@ class StopSignals:
         elif time.monotonic() - self.at > REPEATED_S and os.getppid() == self._parent:
             print(f"{number.name} again: ending at once, without saving", file=sys.stderr, flush=True)
             os._exit(128 + number)
+
+
+def print_stacks_on_signal() -> None:
+    """From now on STACKS_SIGNAL prints the stacks of all threads on stderr, also of one that waits in native code."""
+    faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
 
 
 def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:

@@ -8,6 +8,7 @@ missed; then the time-out of the collectives remains.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import secrets
@@ -173,6 +174,7 @@ class Watchdog:
             reason = f"watchdog: no progress by {self._describe(culprit)}"
         others = "; ".join(self._describe(rank) for rank in sorted(everyone) if rank != culprit)
         print(f"{reason}{' | ' + others if others else ''}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=2)  # where this rank stands: every rank tells its own
         alive = [rank for rank in everyone if rank not in silent]
         if self.distributed.rank == min(alive):
             self._fail(reason, culprit)

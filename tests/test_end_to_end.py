@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -29,7 +27,6 @@ from launch import (
     options,
 )
 from recipe.files import sha256
-from recipe.launches import descendants
 
 STEPS, SAVE_EVERY = 24, 6
 
@@ -166,32 +163,6 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, fineweb_fold
         theirs, ours = (run / "checkpoints" / f"step-{KILLED_STEPS:08d}" / name for run in (undisturbed, folder))
         assert sha256(theirs) == sha256(ours)
     assert [r for r in metrics(folder) if "val_loss" in r] == [r for r in metrics(undisturbed) if "val_loss" in r]
-
-
-@pytest.mark.slow
-def test_workers_of_a_killed_launcher_save_and_stop(tmp_path: Path, fineweb_folder: Path) -> None:
-    folder = tmp_path / "orphaned"
-    arguments = fields(fineweb_folder, folder, max_steps=2000, max_epochs=50, save_every=5)
-    process = start(*accelerate_command("2cpu-zero1", *arguments))
-    wait_for((folder / "checkpoints" / "step-00000005" / "MANIFEST.json").is_file, process, "checkpoint at step 5")
-    # A pipe that nobody reads would be full before the second run below is refused, and the workers would wait for it.
-    threading.Thread(target=process.stdout.read, daemon=True).start()
-    workers = descendants(process.pid)
-    assert len(workers) >= 2
-    # A second run in the same folder has to wait and is refused.
-    busy = subprocess.Popen(
-        [sys.executable, PRETRAIN, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    _, message = busy.communicate(timeout=90)
-    assert busy.returncode == 2 and "is being trained in by process" in message
-    os.kill(process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "workers outlive their launcher"
-        time.sleep(0.1)
-    status = json.loads((folder / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("stopped", 75)
-    assert (folder / "checkpoints" / f"step-{status['step']:08d}" / "MANIFEST.json").is_file()
 
 
 @pytest.mark.slow

@@ -193,6 +193,16 @@ def test_losses_are_compared_at_the_same_micro_batches() -> None:
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
+def test_a_rank_that_is_late_says_where_it_stands(tmp_path: Path) -> None:
+    rank = "from recipe.signals import print_stacks_on_signal as f; f(); print('up', flush=True); input()"
+    command = ["bash", "-c", 'sleep 60 | "$0" -c "$1"', sys.executable, rank]
+    with Launch(command, tmp_path / "log", {"PYTHONPATH": str(ROOT)}) as launch:
+        launch.wait_until(lambda: "up" in (tmp_path / "log").read_text(), "rank", time.monotonic() + 20)
+        with pytest.raises(LaunchError, match="^no step 3 within its time; log | up$"):
+            launch.wait_until(lambda: False, "step 3", time.monotonic() + 0.1)
+    assert 'File "<string>", line 1 in <module>' in (tmp_path / "log").read_text()
+
+
 def test_a_launch_that_takes_too_long_leaves_nobody_behind(tmp_path: Path) -> None:
     # Workers in sessions of their own, as the launcher's are.
     script = "RANK=1 setsid sleep 60 & RANK=0 setsid sleep 60 & echo started; wait"
