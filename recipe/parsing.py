@@ -279,8 +279,8 @@ def _sequence_ramp_problems(config: Config) -> list[str]:
         if whole > 0 and whole % length:
             below = max(n for n in range(1, min(length, whole) + 1) if whole % n == 0)
             above = min((n for n in range(length, whole + 1) if whole % n == 0), default=below)
-            choices = " or ".join(str(n) for n in dict.fromkeys((below, above)))
-            problems.append(f"sequence_ramp: {length} does not divide sequence_length {whole}; {choices} works")
+            fit = ", ".join(str(n) for n in dict.fromkeys((below, above)))
+            problems.append(f"sequence_ramp: {length} does not divide sequence_length {whole}; {fit} or null for none works")
     return problems
 
 

@@ -113,6 +113,8 @@ def small(command: str) -> str:
             fields.pop(name, None)
             text += [word, INSTEAD.get(word, value)]
     fields.setdefault("max_epochs", 40)
+    if any(word.endswith("-fast.yaml") for word in text):
+        fields["sequence_ramp"] = "32x4"  # within SMALL's rows
     if "--max_epochs" in text:
         del fields["max_epochs"]
     if not trains:

@@ -107,8 +107,8 @@ def test_without_a_ramp_nothing_changes() -> None:
 @pytest.mark.parametrize(
     "ramp, problem",
     [
-        ("24x10", "24 does not divide sequence_length 64; 16 or 32 works"),
-        ("16x3,128x10", "128 does not divide sequence_length 64; 64 works"),
+        ("24x10", "24 does not divide sequence_length 64; 16, 32 or null for none works"),
+        ("16x3,128x10", "128 does not divide sequence_length 64; 64 or null for none works"),
         ("16", "'16' is not a list of LENGTHxSTEPS; write it as 128x500,256x1000"),
         ("0x5", "'0x5' is not a list of LENGTHxSTEPS; write it as 128x500,256x1000"),
     ],
