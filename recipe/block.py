@@ -1,52 +1,123 @@
-"""GPT-2's block on a Hopper GPU: its matrix products with bias and GELU, forward and backward, by cuBLASLt.
+"""GPT-2's blocks in training on a Hopper GPU: few passes over the activations, products by cuBLASLt.
 
-torch runs GELU and its derivative as passes of their own over [tokens, 4 width], the widest activations of the block, and takes
-cuBLASLt's first guess at an algorithm. Here both ride in the epilogue of the product before them, and the algorithms are
-measured. Weights, names and the function computed are those of the stock modules.
+The weights, their names and the function computed are those of the stock modules, which do everything else: generation,
+scoring, other machines. Here
+
+- GELU and its derivative ride in the epilogue of the product before them (recipe/cublaslt.py), where torch has a pass of its
+  own over [tokens, 4 width], the widest activations of a block;
+- what attention and MLP add to the residual stream is added, with the bias of their last product, where the next LayerNorm
+  reads it, and the gradient of that bias is summed where that LayerNorm is differentiated;
+- the gradients of queries, keys and values are joined and summed at once (recipe/passes.py).
 """
 
 from __future__ import annotations
 
-import types
-
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2LMHeadModel
-from transformers.pytorch_utils import Conv1D
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Model
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from recipe import cublaslt
+from recipe import cublaslt, passes
 
-
-def fuse_blocks(gpt2: GPT2LMHeadModel) -> None:
-    """Let the blocks of a bf16 model on a GPU train with fused products. Without gradients they run as they were, so that
-    text of any length can be generated and scored without measuring algorithms anew."""
-    for block in gpt2.transformer.h:
-        for module, forward in (
-            (block.attn.c_attn, _linear_forward),
-            (block.attn.c_proj, _linear_forward),
-            (block.mlp, _mlp_forward),
-        ):
-            module.forward = types.MethodType(forward, module)
+# The graph is cached although it holds _Heads: it is of this file, which the cache's key need not tell from another.
+torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
-def _linear_forward(self: Conv1D, x: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return Conv1D.forward(self, x)
-    return torch.ops.recipe.linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+def hidden_states(transformer: GPT2Model, inputs: torch.Tensor, activation_checkpointing: bool = False) -> torch.Tensor:
+    """What GPT2Model computes, without dropout and cache.
+
+    Args:
+        transformer: with bf16 weights on a GPU.
+        inputs: token ids [batch, sequence].
+        activation_checkpointing: keep of each block its input alone, and compute the rest again in the backward.
+    Returns:
+        [batch * sequence, width], past the last LayerNorm.
+    """
+    length = inputs.shape[1]
+    x = (transformer.wte(inputs) + transformer.wpe.weight[:length]).flatten(0, 1)
+    if activation_checkpointing:
+        for block in transformer.h:
+            x = checkpoint(_block, block, x, length, use_reentrant=False, preserve_rng_state=False)
+        return _norm(transformer.ln_f, x)
+    # Each block ends in the LayerNorm of the next one.
+    normed = _norm(transformer.h[0].ln_1, x)
+    for block, norm in zip(transformer.h, [*(block.ln_1 for block in transformer.h[1:]), transformer.ln_f], strict=True):
+        x, branch = _branches(block, x, normed, length)
+        x, normed = _add_norm(x, branch, block.mlp.c_proj.bias, norm)
+    return normed
 
 
-def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return type(self).forward(self, x)
-    fc, proj = self.c_fc, self.c_proj
-    out, _, _ = torch.ops.recipe.mlp(x.flatten(0, -2), fc.weight, fc.bias, proj.weight, proj.bias)
-    return out.unflatten(0, x.shape[:-1])
+def _block(block: GPT2Block, x: torch.Tensor, length: int) -> torch.Tensor:
+    x, branch = _branches(block, x, _norm(block.ln_1, x), length)
+    return x + (branch + block.mlp.c_proj.bias)
+
+
+def _branches(block: GPT2Block, x: torch.Tensor, normed: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the residual stream [tokens, width] and its first LayerNorm: the stream past the attention, and what the MLP adds
+    to it but for its last bias."""
+    attention, mlp = block.attn, block.mlp
+    qkv = torch.ops.recipe.linear(normed, attention.c_attn.weight, attention.c_attn.bias.detach())
+    heads = _Heads.apply(qkv, attention.c_attn.bias, attention.num_heads, length)
+    context = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
+    branch = torch.ops.recipe.linear(context, attention.c_proj.weight, None)
+    x, normed = _add_norm(x, branch, attention.c_proj.bias, block.ln_2)
+    branch, _, _ = torch.ops.recipe.mlp(normed, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight)
+    return x, branch
+
+
+def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _add_norm(
+    x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor, norm: nn.LayerNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total, normed, _, _ = torch.ops.recipe.add_norm(x, branch, bias, norm.weight, norm.bias, norm.eps)
+    return total, normed
+
+
+# --- queries, keys and values -----------------------------------------------------------------------------------------
+
+
+class _Heads(torch.autograd.Function):
+    """Views [batch, heads, sequence, width of a head] of qkv [tokens, 3 width] as queries, keys and values. Their gradients
+    come back joined, and as that of the bias that qkv has in it. No operator of its own, since those cannot give views."""
+
+    @staticmethod
+    def forward(qkv: torch.Tensor, bias: torch.Tensor, heads: int, length: int) -> tuple[torch.Tensor, ...]:
+        return qkv.view(-1, length, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):
+        joined, sums = torch.ops.recipe.join(*(grad.transpose(1, 2).flatten(2).flatten(0, 1) for grad in grads))
+        return joined, sums.to(joined.dtype), None, None
+
+
+@torch.library.custom_op("recipe::join", mutates_args=())
+def _join(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three [tokens, width] as [tokens, 3 width], and its sums over the tokens, fp32."""
+    return passes.join([q.contiguous(), k.contiguous(), v.contiguous()])
+
+
+@_join.register_fake
+def _(q, k, v):
+    tokens, width = q.shape
+    return q.new_empty(tokens, 3 * width), q.new_empty(3 * width, dtype=torch.float32)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("recipe::linear", mutates_args=())
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x [tokens, in] @ weight [in, out] + bias."""
-    return cublaslt.product(x, weight, cublaslt.BIAS, bias)
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [tokens, in] @ weight [in, out] + bias, whose gradient is not taken here."""
+    return cublaslt.product(x, weight) if bias is None else cublaslt.product(x, weight, cublaslt.BIAS, bias)
 
 
 @_linear.register_fake
@@ -71,8 +142,7 @@ def _save_linear(ctx, inputs, output) -> None:
 
 def _differentiate_linear(ctx, grad):
     x, weight = ctx.saved_tensors
-    grad_x, grad_weight = torch.ops.recipe.linear_backward(grad.contiguous(), x, weight)
-    return grad_x, grad_weight, grad.sum(0)
+    return *torch.ops.recipe.linear_backward(grad.contiguous(), x, weight), None
 
 
 _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
@@ -80,16 +150,16 @@ _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
 
 @torch.library.custom_op("recipe::mlp", mutates_args=())
 def _mlp(
-    x: torch.Tensor, fc: torch.Tensor, fc_bias: torch.Tensor, proj: torch.Tensor, proj_bias: torch.Tensor
+    x: torch.Tensor, fc: torch.Tensor, fc_bias: torch.Tensor, proj: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """GELU(x [tokens, width] @ fc + fc_bias) @ proj + proj_bias; and, for the backward, the GELU's input and output."""
+    """GELU(x [tokens, width] @ fc + fc_bias) @ proj; and, for the backward, the GELU's input and output."""
     before = x.new_empty(x.shape[0], fc.shape[1])
     after = cublaslt.product(x, fc, cublaslt.GELU_AUX_BIAS, fc_bias, before)
-    return cublaslt.product(after, proj, cublaslt.BIAS, proj_bias), before, after
+    return cublaslt.product(after, proj), before, after
 
 
 @_mlp.register_fake
-def _(x, fc, fc_bias, proj, proj_bias):
+def _(x, fc, fc_bias, proj):
     wide = x.new_empty(x.shape[0], fc.shape[1])
     return x.new_empty(x.shape[0], proj.shape[1]), wide, torch.empty_like(wide)
 
@@ -110,7 +180,7 @@ def _(grad, x, before, after, fc, proj):
 
 
 def _save_mlp(ctx, inputs, output) -> None:
-    x, fc, _, proj, _ = inputs
+    x, fc, _, proj = inputs
     _, before, after = output
     ctx.mark_non_differentiable(before, after)
     ctx.set_materialize_grads(False)
@@ -120,8 +190,61 @@ def _save_mlp(ctx, inputs, output) -> None:
 def _differentiate_mlp(ctx, grad, _before, _after):
     x, before, after, fc, proj = ctx.saved_tensors
     grad_x, grad_fc, grad_before, grad_proj = torch.ops.recipe.mlp_backward(grad.contiguous(), x, before, after, fc, proj)
-    # The sums stand here, where the compiler sees them.
-    return grad_x, grad_fc, grad_before.sum(0), grad_proj, grad.sum(0)
+    # The sum stands here, where the compiler sees it.
+    return grad_x, grad_fc, grad_before.sum(0), grad_proj
 
 
 _mlp.register_autograd(_differentiate_mlp, setup_context=_save_mlp)
+
+
+# --- the residual stream and its LayerNorm ----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("recipe::add_norm", mutates_args=())
+def _add_norm_op(
+    x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x + branch + bias and its LayerNorm, [tokens, width]; and, for the backward, fp32 [tokens] twice (recipe/passes.py)."""
+    return passes.add_norm(x, branch, bias, weight, shift, eps)
+
+
+@_add_norm_op.register_fake
+def _(x, branch, bias, weight, shift, eps):
+    a_row = x.new_empty(x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x), a_row, torch.empty_like(a_row)
+
+
+@torch.library.custom_op("recipe::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    grad_total: torch.Tensor | None,
+    grad_normed: torch.Tensor,
+    total: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and branch, which are one, and, fp32 [3, width], of weight, shift and bias."""
+    return passes.add_norm_backward(grad_total, grad_normed, total, mean, rstd, weight)
+
+
+@_add_norm_backward.register_fake
+def _(grad_total, grad_normed, total, mean, rstd, weight):
+    return torch.empty_like(total), weight.new_empty(3, len(weight), dtype=torch.float32)
+
+
+def _save_add_norm(ctx, inputs, output) -> None:
+    total, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, mean, rstd, inputs[3])
+
+
+def _differentiate_add_norm(ctx, grad_total, grad_normed, _mean, _rstd):
+    total, mean, rstd, weight = ctx.saved_tensors
+    grad_total = grad_total if grad_total is None else grad_total.contiguous()
+    grad, sums = torch.ops.recipe.add_norm_backward(grad_total, grad_normed.contiguous(), total, mean, rstd, weight)
+    of_weight, of_shift, of_bias = sums.to(weight.dtype).unbind(0)
+    return grad, grad, of_bias, of_weight, of_shift, None
+
+
+_add_norm_op.register_autograd(_differentiate_add_norm, setup_context=_save_add_norm)

@@ -21,7 +21,7 @@ from recipe.config import Config, compiles
 from recipe.distributed import Distributed
 from recipe.gradient_sums import GradientSums
 from recipe.host_memory import HostMemory
-from recipe.kernels import choose_kernels
+from recipe.kernels import choose_kernels, know_operators
 from recipe.model import PretrainingModel
 from recipe.optim.groups import ParameterGroup, make_optimizer, parameter_groups, set_hyperparameters
 from recipe.optim.muon import SECOND_MOMENTS, initial_state
@@ -69,6 +69,7 @@ class Engine:
             # A length of sequences is a graph of its own, and past the limit (8) torch would refuse to compile.
             lengths = len({length for length, _ in plan.sequence_ramp})
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 + 2 * lengths)
+            know_operators()
             # Parameter names stay, the eager GPT2LMHeadModel inside stays usable for generation, and DeepSpeed's hooks,
             # which cannot be compiled, stay outside.
             model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)

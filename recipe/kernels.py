@@ -53,3 +53,13 @@ def choose_kernels(config: Config, precision: str, device: torch.device) -> Kern
     # On GPUs before Hopper a GELU in the product's epilogue costs more than it saves, says llm.c, which leaves it off there.
     blocks = precision == "bf16" and capability >= (9, 0) and cublaslt.available(device)
     return Kernels(blocks, "fp8" if config.fp8_head else "fused")
+
+
+def know_operators() -> None:
+    """Tell torch's compiler to call our operators as they are. It would find that out by itself, but torch 2.11 then writes
+    down, for a message that nobody reads, what an operator's inputs were computed from, once for each path that leads there:
+    behind a chain of operators that takes for ever (https://github.com/vllm-project/vllm/pull/42129)."""
+    from torch._inductor.lowering import FALLBACK_ALLOW_LIST
+
+    names = torch._C._dispatch_get_all_op_names()
+    FALLBACK_ALLOW_LIST.update(name.split(".")[0] for name in names if name.startswith("recipe::"))

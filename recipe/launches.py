@@ -63,7 +63,7 @@ class Launch:
     """
 
     def __init__(self, command: list[str], log: Path, extra: Mapping[str, str]):
-        self.log = log
+        self.log, self._began = log, time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as handle:
             self.process = subprocess.Popen(
@@ -125,13 +125,14 @@ class Launch:
 
     def _too_late(self, what: str) -> LaunchError:
         """The error, once the ranks have been asked where they stand, and killed."""
+        had = time.monotonic() - self._began
         told = self.last_words()
         for pid in children(self.process.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, STACKS_SIGNAL)
         time.sleep(STACKS_S)
         self.kill()
-        return LaunchError(f"{what} within its time; {told}")
+        return LaunchError(f"{what} within the {had:.0f} s that were left to it; {told}")
 
     def kill(self) -> None:
         """End it with all its workers, and wait until they are gone."""

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from recipe.block import fuse_blocks
+from recipe.block import hidden_states
 from recipe.config import Config
 from recipe.kernels import Kernels
 from recipe.loss import head_losses
@@ -60,7 +60,7 @@ def build_model(config: Config, vocab_size: int, end_of_text: int) -> Pretrainin
                 block.mlp.c_proj.weight.zero_()
     if config.activation_checkpointing:
         checkpoint_blocks(gpt2)
-    return PretrainingModel(gpt2, vocab_size, config.z_loss)
+    return PretrainingModel(gpt2, vocab_size, config.z_loss, config.activation_checkpointing)
 
 
 def checkpoint_blocks(gpt2: GPT2LMHeadModel) -> None:
@@ -84,17 +84,17 @@ class PretrainingModel(nn.Module):
     unpadded export is the same function. `z_loss` shows in the gradients alone (recipe/loss.py).
     """
 
-    def __init__(self, gpt2: GPT2LMHeadModel, vocab_size: int, z_loss: float = 0.0):
+    def __init__(
+        self, gpt2: GPT2LMHeadModel, vocab_size: int, z_loss: float = 0.0, activation_checkpointing: bool | None = False
+    ):
         super().__init__()
         self.gpt2 = gpt2
-        self.vocab_size, self.z_loss = vocab_size, z_loss
+        self.vocab_size, self.z_loss, self.activation_checkpointing = vocab_size, z_loss, bool(activation_checkpointing)
         self.kernels = Kernels()
 
     def use(self, kernels: Kernels) -> None:
         """Compute by these kernels from now on."""
         self.kernels = kernels
-        if kernels.blocks:
-            fuse_blocks(self.gpt2)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of every target, in nats.
@@ -106,9 +106,12 @@ class PretrainingModel(nn.Module):
         """
         # Slices of [batch, sequence + 1] are not contiguous, which compiled embedding and loss kernels would pay for.
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+        if self.kernels.blocks and torch.is_grad_enabled():
+            hidden = hidden_states(self.gpt2.transformer, inputs, self.activation_checkpointing)
+        else:
+            hidden = self.gpt2.transformer(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         weight = self.gpt2.lm_head.weight
-        losses = head_losses(hidden.flatten(0, 1), weight, targets.flatten(), self.vocab_size, self.kernels.head, self.z_loss)
+        losses = head_losses(hidden, weight, targets.flatten(), self.vocab_size, self.kernels.head, self.z_loss)
         return losses.view_as(targets)
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from kernels_in_torch import use_torch_for_kernels
 from launch import TINY, launch, losses, options
-from recipe import block, cublaslt
 from recipe.config import Config
 from recipe.estimate import memory_by_part
 from recipe.kernels import Kernels
@@ -42,22 +41,9 @@ def step(config: Config, compiled: bool = False, kernels: Kernels | None = None,
     return found.detach(), {name: p.grad for name, p in model.named_parameters()}, sum(kept.values())
 
 
-def reference_product(a, b, epilogue=cublaslt.DEFAULT, bias=None, aux=None):
-    """What cuBLASLt's products compute, by torch: the GPU's fused blocks can then be differentiated here."""
-    result = a @ b
-    if epilogue == cublaslt.BIAS:
-        return result + bias
-    if epilogue == cublaslt.GELU_AUX_BIAS:
-        aux.copy_(result + bias)
-        return F.gelu(aux, approximate="tanh")
-    if epilogue == cublaslt.DGELU:
-        return torch.ops.aten.gelu_backward(result, aux, approximate="tanh")
-    return result
-
-
 @pytest.mark.parametrize("fused", [False, True])
 def test_losses_and_gradients_are_equal_to_the_last_bit(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block.cublaslt, "product", reference_product)
+    use_torch_for_kernels(monkeypatch)
     kernels = Kernels(blocks=fused)
     plain_losses, plain, plain_bytes = step(CONFIG, kernels=kernels)
     twice_losses, twice, twice_bytes = step(replace(CONFIG, activation_checkpointing=True), kernels=kernels)
@@ -73,7 +59,7 @@ def test_losses_and_gradients_are_equal_to_the_last_bit(fused: bool, monkeypatch
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_it_saves_memory_and_changes_nothing(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block.cublaslt, "product", reference_product)
+    use_torch_for_kernels(monkeypatch)
     kernels = Kernels(blocks=fused)
     # One graph without breaks, as the engines compile it.
     plain_losses, plain, plain_bytes = step(CONFIG, compiled=True, kernels=kernels)

@@ -49,6 +49,42 @@ def test_head_agrees_with_fp64(dtype: torch.dtype, head: str, loss_bound: float,
     assert ours[2][VOCAB:].abs().max() == 0
 
 
+@pytest.mark.parametrize("width", [768, 1024, 1280, 1600])
+@pytest.mark.parametrize("past", [True, False], ids=["and-past-it", "through-it-alone"])
+def test_residual_sum_and_norm_agree_with_fp64(width: int, past: bool) -> None:
+    from recipe import block  # noqa: F401  # its operators
+
+    torch.manual_seed(0)
+    tokens = 3001
+    x, branch = (torch.randn(tokens, width, device="cuda").bfloat16().requires_grad_() for _ in range(2))
+    bias, weight, shift = (torch.randn(width, device="cuda").bfloat16().requires_grad_() for _ in range(3))
+    inputs = (x, branch, bias, weight, shift)
+    total, normed, _, _ = torch.ops.recipe.add_norm(*inputs, 1e-5)
+    grads = [torch.randn(tokens, width, device="cuda").bfloat16() for _ in range(2)]
+    outputs = ((total, grads[0]), (normed, grads[1])) if past else ((normed, grads[1]),)
+    ours = torch.autograd.grad([out for out, _ in outputs], inputs, [grad for _, grad in outputs])
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    total64 = exact[0] + exact[1] + exact[2]
+    normed64 = F.layer_norm(total64, (width,), *exact[3:])
+    outputs = [total64, normed64][0 if past else 1 :]
+    theirs = torch.autograd.grad(outputs, exact, [grad.double() for grad in grads[0 if past else 1 :]])
+    assert relative(total, total64) < 3e-3 and relative(normed, normed64) < 5e-3
+    errors = [relative(a, b) for a, b in zip(ours, theirs, strict=True)]
+    print("relative errors of the gradients of x, branch, bias, weight, shift:", *(f"{e:.1e}" for e in errors))
+    assert max(errors) < 6e-3
+    assert torch.equal(ours[0], ours[1])
+
+
+@pytest.mark.parametrize("width", [768, 1600])
+def test_joined_gradients_and_their_sums_agree_with_fp64(width: int) -> None:
+    from recipe import passes
+
+    parts = [torch.randn(5003, width, device="cuda").bfloat16() for _ in range(3)]
+    joined, sums = passes.join(parts)
+    assert torch.equal(joined, torch.cat(parts, 1))
+    assert relative(sums, joined.double().sum(0)) < 1e-5
+
+
 def test_gradient_sums_are_those_of_torch() -> None:
     from recipe.gradient_sums import GradientSums
 
@@ -87,13 +123,14 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_path() -> None:
     from recipe.model import build_model
 
     config, _ = load_run(["configs/gpt2-124m.yaml"], 1)
-    exact = build_model(config, VOCAB, 50256).cuda()
+    # The weights of all of them are bf16 numbers, as those of the masters are when a run begins.
+    rounded = build_model(config, VOCAB, 50256).cuda().bfloat16()
     rows = torch.randint(0, VOCAB, (4, 1025), device="cuda")
-    fast = copy.deepcopy(exact).bfloat16()
+    fast, plain, exact = rounded, copy.deepcopy(rounded), copy.deepcopy(rounded).float()
     fast.use(choose_kernels(config, "bf16", torch.device("cuda:0")))
     assert fast.kernels.head == "fused"
+    plain.gpt2.set_attn_implementation("eager")
     exact.gpt2.set_attn_implementation("eager")
-    plain = copy.deepcopy(exact).bfloat16()
     reference = gradients(exact, rows, plain=True)
     whole = torch.cat([g.flatten() for g in reference.values()])
     errors = {}
@@ -102,8 +139,9 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_path() -> None:
         errors[name] = relative(torch.cat([g.flatten() for g in ours.values()]), whole)
         errors[f"{name}, worst parameter"] = max(relative(ours[n], reference[n]) for n in ours)
     print("relative errors of the gradient in bf16, against fp32:", errors)
-    # Rounding to bf16 itself leaves 1.2e-2 here (docs/results.md): the fast path must not add to what the plain path has.
-    assert errors["fast"] < 1.1 * errors["plain"] < 2e-2
+    # transformers' own path is at 1.1e-2 in bf16 (docs/results.md): the fast path must not add to what rounding does anyway.
+    assert errors["fast"] < 1e-2
+    assert errors["fast"] < errors["plain"] < 2e-2
 
 
 CANDIDATES = """--cautious_weight_decay true --embedding_learning_rate 1e-3 --zero_init_projections true --z_loss 1e-4
