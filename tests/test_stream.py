@@ -364,9 +364,9 @@ def test_rows_do_not_depend_on_mixed_sizes_of_batches(corpus, reference):
         assert rows == reference[: sum(batches)]
 
 
-@pytest.mark.parametrize("ranks, exchanged", [(1, 17), (2, 17), (4, 17), (8, 17), (3, 17 + 24 * (LENGTH + 1))])
+@pytest.mark.parametrize("ranks, exchanged", [(1, 17), (2, 17), (4, 17), (8, 17), (3, 17 + 24 * (LENGTH + 1) // 2)])
 def test_rows_are_exchanged_only_where_the_ranks_do_not_divide_the_shards(full_units, ranks, exchanged):
-    """Beside the 17 numbers that tell what each shard has."""
+    """Beside the 17 numbers that tell what each shard has. Ids have four bytes here: two of them are a number."""
 
     def run(exchange: ThreadExchange) -> list[int]:
         sizes, add = [], exchange.sum

@@ -119,7 +119,7 @@ class RowStream:
         self._accept_other_data = accept_other_data
         self.accepted: list[str] = list(state["accepted"]) if state else []
         """Differences between the data of the run and of its continuations that were accepted."""
-        self._length, self._dtype = sequence_length, encoder.dtype
+        self._length, self._dtype = sequence_length, np.dtype(encoder.dtype)
         self._exchange = exchange or OneRank()
         self.num_shards = number_of_shards(corpus)
         self.fingerprint = {
@@ -396,9 +396,13 @@ class RowStream:
             batch = np.empty((len(shards) // ranks, self._length + 1), dtype=self._dtype)
             batch[places // ranks] = taken
             return batch
-        batch = np.zeros((len(shards), self._length + 1), dtype=np.int64)
-        batch[places] = taken
-        return self._exchange.sum(batch)[rank::ranks].astype(self._dtype)
+        # One rank has a row and the others have zeros there, so that whatever their bits stand for can be summed: as int64 they
+        # take a quarter of the bytes that a number for each of these tokens would.
+        size, each = len(shards) * (self._length + 1), 8 // self._dtype.itemsize
+        flat = np.zeros(-(-size // each) * each, dtype=self._dtype)
+        flat[:size].reshape(len(shards), -1)[places] = taken
+        summed = self._exchange.sum(flat.view(np.int64)).view(self._dtype)
+        return np.ascontiguousarray(summed[:size].reshape(len(shards), -1)[rank::ranks])
 
     def _is_local(self, shards: np.ndarray) -> bool:
         """Whether every rank owns the shards of its rows."""
