@@ -40,15 +40,15 @@ ACTIVATIONS, PLAIN_ACTIVATIONS = 16, 28
 
 
 MEASURED = {
-    ("H100-80GB", 12, 768): 563_400,
-    ("H100-80GB", 24, 1024): 214_900,
-    ("H200-141GB", 12, 768): 588_200,
+    ("H100-80GB", 12, 768): 570_600,
+    ("H100-80GB", 24, 1024): 221_600,
+    ("H200-141GB", 12, 768): 590_400,
     ("H200-141GB", 24, 1024): 219_300,
 }
 """Tokens/s of one GPU under ZeRO-1 with AdamW, by GPU, n_layer and n_embd, of whole steps of 524,288 tokens, through
 pretrain.py or scripts/benchmark.py (docs/results.md)."""
 
-MEASURED_MACHINES = {("H200-141GB", 12, 768, 2): 1_158_800, ("H200-141GB", 12, 768, 4): 2_275_900}
+MEASURED_MACHINES = {("H200-141GB", 12, 768, 2): 1_158_800, ("H200-141GB", 12, 768, 4): 2_321_500}
 """Tokens/s of several GPUs of one host under ZeRO-1 with AdamW, by GPU, n_layer, n_embd and GPUs, of whole steps of 524,288
 tokens, by scripts/scaling.py (docs/results.md); recipe/scaling.py computes the others."""
 

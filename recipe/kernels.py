@@ -17,7 +17,7 @@ class Kernels:
     """How the parts of the model that matter for speed are computed."""
 
     blocks: bool = False
-    """Products of the blocks with bias and GELU by cuBLASLt (recipe/block.py); torch's otherwise."""
+    """Blocks by cuBLASLt and Triton (recipe/block.py); by torch otherwise."""
     head: Head = "plain"
     """The head's loss (recipe/loss.py)."""
 
@@ -27,7 +27,7 @@ class Kernels:
         return self.head != "plain"
 
     def __str__(self) -> str:
-        blocks = "cuBLASLt products with GELU inside" if self.blocks else "torch's products"
+        blocks = "cuBLASLt products with GELU inside, Triton passes" if self.blocks else "torch's products"
         head = {"plain": "torch's cross-entropy", "fused": "Triton cross-entropy", "fp8": "fp8 head, Triton cross-entropy"}
         return f"{blocks}, {head[self.head]}"
 

@@ -2,9 +2,9 @@
 
 The parts: a GPU's speed, measured on one H100 and one H200, and what a step costs however few tokens it has, measured on the
 H100 (docs/results.md); the bytes that the ranks reduce and gather, counted on two ranks (tests/test_scaling.py); rates of the
-links, from data sheets. Of several GPUs two and four H200s have been measured, where 124M reached 98.5% and, on two hosts,
-98.9% and 97.1% of so many times one card's speed and this says 99.7% and 98.9%: cards wait for the slowest one. Not in the
-model: that, a network shared with others, slow storage. Imports no torch.
+links, from data sheets. Of several GPUs two and four H200s have been measured, where 124M reached 98.5% and, on three hosts,
+98.9%, 97.1% and 98.3% of so many times one card's speed and this says 99.7% and 98.9%: cards wait for the slowest one. Not in
+the model: that, a network shared with others, slow storage. Imports no torch.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from kernels_in_torch import product, use_torch_for_kernels
 from recipe import block
 from recipe.config import Config
-from recipe.kernels import Kernels
+from recipe.kernels import Kernels, know_operators
 from recipe.model import PretrainingModel, build_model
 
 VOCABULARY = 128
@@ -91,3 +92,17 @@ def test_the_compiled_graph_can_be_cached(models) -> None:
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert any("add_norm" in target for target in targets)
     check_cacheable(graph)
+
+
+def test_the_compiler_calls_the_operators_without_writing_about_them(models, caplog: pytest.LogCaptureFixture) -> None:
+    # What torch 2.11 writes about an operator that it was not told of grows exponentially with the layers before it.
+    import torch._inductor.config
+
+    know_operators()
+    with torch._inductor.config.patch(force_disable_caches=True), caplog.at_level("INFO", "torch._inductor.graph"):
+        logging.getLogger("torch._inductor.graph").addHandler(caplog.handler)
+        try:
+            torch.compile(models[1].forward, fullgraph=True)(rows()).mean().backward()
+        finally:
+            logging.getLogger("torch._inductor.graph").removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if "implicit fallback" in record.msg]
