@@ -21,7 +21,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from recipe import cublaslt, passes
 
-# The graph is cached although it holds _Heads: it is of this file, which the cache's key need not tell from another.
+# Unasked torch does not cache a graph that holds an autograd.Function, as _Heads is one, and compiles it at each start. What it
+# computes is part of the key: with another backward the cache is missed (seen with torch 2.13).
 torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
