@@ -59,7 +59,8 @@ def know_operators() -> None:
     """Tell torch's compiler to call our operators as they are. It would find that out by itself, but torch 2.11 then writes
     down, for a message that nobody reads, what an operator's inputs were computed from, once for each path that leads there:
     behind a chain of operators that takes for ever (https://github.com/vllm-project/vllm/pull/42129)."""
-    from torch._inductor.lowering import FALLBACK_ALLOW_LIST
+    from torch._inductor import lowering
 
-    names = torch._C._dispatch_get_all_op_names()
-    FALLBACK_ALLOW_LIST.update(name.split(".")[0] for name in names if name.startswith("recipe::"))
+    # 2.13 writes it down only when asked to, so that nothing is lost where the list is gone.
+    known = getattr(lowering, "FALLBACK_ALLOW_LIST", set())
+    known.update(name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("recipe::"))
