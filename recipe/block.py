@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Model
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from recipe import cublaslt, passes
+from recipe import cublaslt, passes  # noqa: F401  # whose operators are called below
 
 # Unasked torch does not cache a graph that holds an autograd.Function, as _Heads is one, and compiles it at each start. What it
 # computes is part of the key: with another backward the cache is missed (seen with torch 2.13).
@@ -98,18 +98,6 @@ class _Heads(torch.autograd.Function):
     def backward(ctx, *grads: torch.Tensor):
         joined, sums = torch.ops.recipe.join(*(grad.transpose(1, 2).flatten(2).flatten(0, 1) for grad in grads))
         return joined, sums.to(joined.dtype), None, None
-
-
-@torch.library.custom_op("recipe::join", mutates_args=())
-def _join(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three [tokens, width] as [tokens, 3 width], and its sums over the tokens, fp32."""
-    return passes.join([q.contiguous(), k.contiguous(), v.contiguous()])
-
-
-@_join.register_fake
-def _(q, k, v):
-    tokens, width = q.shape
-    return q.new_empty(tokens, 3 * width), q.new_empty(3 * width, dtype=torch.float32)
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -196,56 +184,3 @@ def _differentiate_mlp(ctx, grad, _before, _after):
 
 
 _mlp.register_autograd(_differentiate_mlp, setup_context=_save_mlp)
-
-
-# --- the residual stream and its LayerNorm ----------------------------------------------------------------------------
-
-
-@torch.library.custom_op("recipe::add_norm", mutates_args=())
-def _add_norm_op(
-    x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x + branch + bias and its LayerNorm, [tokens, width]; and, for the backward, fp32 [tokens] twice (recipe/passes.py)."""
-    return passes.add_norm(x, branch, bias, weight, shift, eps)
-
-
-@_add_norm_op.register_fake
-def _(x, branch, bias, weight, shift, eps):
-    a_row = x.new_empty(x.shape[0], dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(x), a_row, torch.empty_like(a_row)
-
-
-@torch.library.custom_op("recipe::add_norm_backward", mutates_args=())
-def _add_norm_backward(
-    grad_total: torch.Tensor | None,
-    grad_normed: torch.Tensor,
-    total: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and branch, which are one, and, fp32 [3, width], of weight, shift and bias."""
-    return passes.add_norm_backward(grad_total, grad_normed, total, mean, rstd, weight)
-
-
-@_add_norm_backward.register_fake
-def _(grad_total, grad_normed, total, mean, rstd, weight):
-    return torch.empty_like(total), weight.new_empty(3, len(weight), dtype=torch.float32)
-
-
-def _save_add_norm(ctx, inputs, output) -> None:
-    total, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(total, mean, rstd, inputs[3])
-
-
-def _differentiate_add_norm(ctx, grad_total, grad_normed, _mean, _rstd):
-    total, mean, rstd, weight = ctx.saved_tensors
-    grad_total = grad_total if grad_total is None else grad_total.contiguous()
-    grad, sums = torch.ops.recipe.add_norm_backward(grad_total, grad_normed.contiguous(), total, mean, rstd, weight)
-    of_weight, of_shift, of_bias = sums.to(weight.dtype).unbind(0)
-    return grad, grad, of_bias, of_weight, of_shift, None
-
-
-_add_norm_op.register_autograd(_differentiate_add_norm, setup_context=_save_add_norm)

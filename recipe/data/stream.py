@@ -8,6 +8,7 @@ which owns its shard as long as the ranks divide the shards and no shard has end
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -398,11 +399,12 @@ class RowStream:
             return batch
         # One rank has a row and the others have zeros there, so that whatever their bits stand for can be summed: as int64 they
         # take a quarter of the bytes that a number for each of these tokens would.
-        size, each = len(shards) * (self._length + 1), 8 // self._dtype.itemsize
+        shape, each = (len(shards), self._length + 1), 8 // self._dtype.itemsize
+        size = math.prod(shape)
         flat = np.zeros(-(-size // each) * each, dtype=self._dtype)
-        flat[:size].reshape(len(shards), -1)[places] = taken
+        flat[:size].reshape(shape)[places] = taken
         summed = self._exchange.sum(flat.view(np.int64)).view(self._dtype)
-        return np.ascontiguousarray(summed[:size].reshape(len(shards), -1)[rank::ranks])
+        return np.ascontiguousarray(summed[:size].reshape(shape)[rank::ranks])
 
     def _is_local(self, shards: np.ndarray) -> bool:
         """Whether every rank owns the shards of its rows."""
