@@ -21,6 +21,11 @@ FP8_MAX = 448.0
 FP8_GRADIENT_SCALE = 2.0**15
 """Brings softmax - onehot, within [-1, 1], to the range of e5m2, whose largest number is 57,344."""
 
+_FP8_TILE, _FP8_WARPS = (64, 64), 4
+_LOSS_ONLY, _WITH_GRADIENT = (1024, 2), (4096, 8)
+"""Tokens and vocabulary of a program that makes the fp8 gradient, and its warps; vocabulary that a program takes at a time for
+losses, and its warps. The fastest of those tried (H100, 65,536 tokens, docs/results.md)."""
+
 
 def head_losses(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, head: Head, z_loss: float = 0.0
@@ -63,10 +68,11 @@ def _cross_entropy(
     from recipe.loss_kernel import cross_entropy_kernel
 
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    block = min(4096, 1 << (vocab_size - 1).bit_length())
+    block, warps = _WITH_GRADIENT if gradient else _LOSS_ONLY
+    block = min(block, 1 << (vocab_size - 1).bit_length())
     cross_entropy_kernel[(len(logits),)](
         logits, losses, targets, logits.stride(0), vocab_size, logits.shape[1], GRADIENT=gradient, Z_LOSS=z_loss, BLOCK=block,
-        num_warps=8,
+        num_warps=warps,
     )  # fmt: skip
     return losses
 
@@ -161,10 +167,10 @@ def _head_loss_fp8(
     tokens, width = logits.shape
     gradient = torch.empty_like(logits, dtype=torch.float8_e5m2)
     transposed = torch.empty(width, tokens, dtype=torch.float8_e5m2, device=logits.device)
-    # Small tiles: 6.7 ms instead of 10.2 with 128 x 128 and 8 warps (H100, 65,536 tokens).
-    fp8_gradient_kernel[(-(-width // 64), -(-tokens // 64))](
-        logits, losses, targets, gradient, transposed, tokens, vocab_size, width, SCALE=FP8_GRADIENT_SCALE, Z_LOSS=z_loss,
-        ROWS=64, COLUMNS=64, num_warps=2,
+    rows, columns = _FP8_TILE
+    fp8_gradient_kernel[(-(-width // columns), -(-tokens // rows))](
+        logits, losses, targets, gradient, transposed.view(torch.int32), tokens, vocab_size, width, SCALE=FP8_GRADIENT_SCALE,
+        Z_LOSS=z_loss, ROWS=rows, COLUMNS=columns, num_warps=_FP8_WARPS,
     )  # fmt: skip
     return losses, gradient, transposed, weight8_across, weight_scale
 
