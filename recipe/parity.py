@@ -24,7 +24,8 @@ def compare_paths(config: Config, plan: Plan, distributed: Distributed, steps: i
     this machine.
 
     Returns:
-        by path: the largest and the mean difference of the training loss from the plain path, and the step of the largest.
+        by path: the largest and the mean difference of the training loss from the plain path, and the step of the largest;
+        and every path's loss at every step.
     """
     precision = resolve_precision(config.precision, distributed.cuda)
     with open_stream(config, distributed) as (stream, encoder):
@@ -52,20 +53,22 @@ def compare_paths(config: Config, plan: Plan, distributed: Distributed, steps: i
         "plain, rows reversed": train(plain=True, reverse=True),
         "this machine's kernels": train(plain=False, reverse=False),
     }
-    differences = {name: (losses - plain).abs() for name, losses in paths.items()}
     return {
         "steps": steps,
         "tokens_per_step": plan.tokens_per_step,
         "first_loss": float(plain[0]),
         "last_loss": float(plain[-1]),
         "kernels_used": used[-1],
-        "paths": {
-            name: {
-                "largest": float(d.max()), "at_step": int(d.argmax()) + 1, "mean": float(d.mean()),
-                "mean_signed": float((paths[name] - plain).mean()),
-            }
-            for name, d in differences.items()
-        },
+        "paths": {name: _difference(losses - plain) for name, losses in paths.items()},
+        "losses": {"plain": plain.tolist(), **{name: losses.tolist() for name, losses in paths.items()}},
+    }
+
+
+def _difference(signed: torch.Tensor) -> dict[str, float]:
+    largest = int(signed.abs().argmax())
+    return {
+        "largest": float(signed[largest].abs()), "at_step": largest + 1, "mean": float(signed.abs().mean()),
+        "mean_signed": float(signed.mean()),
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@
 loader: tokens/s from the text (raw or prepared) to finished rows, as one rank, and the time to the first batch.
 model:  forward and backward of one micro-batch, and a profile of it.
 step:   whole optimizer steps, data included, under the engine of the accelerate file, and a profile of one.
-parity: losses of the fast path against those of transformers' own attention and loss, on the same rows.
+parity: losses of the fast path against transformers' own attention and loss, on the same rows; with --json each step's.
 losses: training losses of --steps steps by this engine and number of ranks, to be compared with another's (scripts/scaling.py).
 """
 
@@ -38,6 +38,8 @@ def take_option(words: list[str], name: str, default: str) -> str:
 def print_table(result: dict) -> None:
     """The figures a line each, then where the device's time goes."""
     parts, kernels, paths, exchanges = (result.pop(name, None) for name in ("parts", "kernels", "paths", "communication"))
+    if paths:
+        del result["losses"]  # of every path at every step: for --json
     for name, value in result.items():
         print(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {'n/a' if value is None else value}")
     for name, difference in (paths or {}).items():

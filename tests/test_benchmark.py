@@ -71,8 +71,13 @@ def test_steps_are_timed_at_the_full_batch(monkeypatch: pytest.MonkeyPatch) -> N
 def test_paths_are_compared(command: list[str]) -> None:
     result = json.loads(run("parity", command, "--steps", "12", "--json"))
     assert result["first_loss"] - result["last_loss"] > 0.05, "it must learn, or equal losses say nothing"
-    for path in result["paths"].values():
+    plain = np.array(result["losses"]["plain"])
+    for name, path in result["paths"].items():
         assert 0 < path["largest"] < 1e-2  # other orders of summing, not other sums
+        difference = np.array(result["losses"][name]) - plain
+        assert path["largest"] == pytest.approx(np.abs(difference).max()) and len(difference) == 12
+        assert path["mean_signed"] == pytest.approx(difference.mean())
+        assert path["at_step"] == np.abs(difference).argmax() + 1
 
 
 def test_the_loader_benchmark_reads_the_text(tmp_path: Path, fineweb_folder: Path) -> None:
