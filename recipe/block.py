@@ -5,9 +5,13 @@ scoring, other machines. Here
 
 - GELU and its derivative ride in the epilogue of the product before them (recipe/cublaslt.py), where torch has a pass of its
   own over [tokens, 4 width], the widest activations of a block;
-- what attention and MLP add to the residual stream is added, with the bias of their last product, where the next LayerNorm
-  reads it, and the gradient of that bias is summed where that LayerNorm is differentiated;
+- what attention and MLP add to the residual stream is added where the next LayerNorm reads it, and the gradient of the bias of
+  their last product is summed where that LayerNorm is differentiated;
 - the gradients of queries, keys and values are joined and summed at once (recipe/passes.py).
+
+Biases are added in fp32 before a product is rounded. Added to one that is rounded already they count for more than they are
+while they are small: a sum that lies halfway between two bf16 numbers, as many then do, goes the way of the bias each time. In
+the first steps of a run that moved the loss by 0.013 (docs/results.md).
 """
 
 from __future__ import annotations
@@ -52,19 +56,21 @@ def hidden_states(transformer: GPT2Model, inputs: torch.Tensor, activation_check
 
 def _block(block: GPT2Block, x: torch.Tensor, length: int) -> torch.Tensor:
     x, branch = _branches(block, x, _norm(block.ln_1, x), length)
-    return x + (branch + block.mlp.c_proj.bias)
+    bias = block.mlp.c_proj.bias
+    # Which is in branch already: zeros, for the gradient alone.
+    return x + branch + (bias - bias.detach())
 
 
 def _branches(block: GPT2Block, x: torch.Tensor, normed: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """From the residual stream [tokens, width] and its first LayerNorm: the stream past the attention, and what the MLP adds
-    to it but for its last bias."""
+    to it, differentiable but for its last bias."""
     attention, mlp = block.attn, block.mlp
     qkv = torch.ops.recipe.linear(normed, attention.c_attn.weight, attention.c_attn.bias.detach())
     heads = _Heads.apply(qkv, attention.c_attn.bias, attention.num_heads, length)
     context = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
-    branch = torch.ops.recipe.linear(context, attention.c_proj.weight, None)
+    branch = torch.ops.recipe.linear(context, attention.c_proj.weight, attention.c_proj.bias.detach())
     x, normed = _add_norm(x, branch, attention.c_proj.bias, block.ln_2)
-    branch, _, _ = torch.ops.recipe.mlp(normed, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight)
+    branch, _, _ = torch.ops.recipe.mlp(normed, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias.detach())
     return x, branch
 
 
@@ -104,9 +110,9 @@ class _Heads(torch.autograd.Function):
 
 
 @torch.library.custom_op("recipe::linear", mutates_args=())
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x [tokens, in] @ weight [in, out] + bias, whose gradient is not taken here."""
-    return cublaslt.product(x, weight) if bias is None else cublaslt.product(x, weight, cublaslt.BIAS, bias)
+    return cublaslt.product(x, weight, cublaslt.BIAS, bias)
 
 
 @_linear.register_fake
@@ -139,16 +145,17 @@ _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
 
 @torch.library.custom_op("recipe::mlp", mutates_args=())
 def _mlp(
-    x: torch.Tensor, fc: torch.Tensor, fc_bias: torch.Tensor, proj: torch.Tensor
+    x: torch.Tensor, fc: torch.Tensor, fc_bias: torch.Tensor, proj: torch.Tensor, proj_bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """GELU(x [tokens, width] @ fc + fc_bias) @ proj; and, for the backward, the GELU's input and output."""
+    """GELU(x [tokens, width] @ fc + fc_bias) @ proj + proj_bias, whose gradient is not taken here; and, for the backward, the
+    GELU's input and output."""
     before = x.new_empty(x.shape[0], fc.shape[1])
     after = cublaslt.product(x, fc, cublaslt.GELU_AUX_BIAS, fc_bias, before)
-    return cublaslt.product(after, proj), before, after
+    return cublaslt.product(after, proj, cublaslt.BIAS, proj_bias), before, after
 
 
 @_mlp.register_fake
-def _(x, fc, fc_bias, proj):
+def _(x, fc, fc_bias, proj, proj_bias):
     wide = x.new_empty(x.shape[0], fc.shape[1])
     return x.new_empty(x.shape[0], proj.shape[1]), wide, torch.empty_like(wide)
 
@@ -169,7 +176,7 @@ def _(grad, x, before, after, fc, proj):
 
 
 def _save_mlp(ctx, inputs, output) -> None:
-    x, fc, _, proj = inputs
+    x, fc, _, proj, _ = inputs
     _, before, after = output
     ctx.mark_non_differentiable(before, after)
     ctx.set_materialize_grads(False)
@@ -180,7 +187,7 @@ def _differentiate_mlp(ctx, grad, _before, _after):
     x, before, after, fc, proj = ctx.saved_tensors
     grad_x, grad_fc, grad_before, grad_proj = torch.ops.recipe.mlp_backward(grad.contiguous(), x, before, after, fc, proj)
     # The sum stands here, where the compiler sees it.
-    return grad_x, grad_fc, grad_before.sum(0), grad_proj
+    return grad_x, grad_fc, grad_before.sum(0), grad_proj, None
 
 
 _mlp.register_autograd(_differentiate_mlp, setup_context=_save_mlp)

@@ -109,7 +109,8 @@ def memory_by_part(
     Args:
         ranks: that share masters and moments, as under ZeRO-1; 1 where each rank has them all.
         plain: torch's own kernels, not compiled: GELU keeps three intermediates more, 4 numbers each, and the head fp32
-            logits, their softmax and the gradient, of which the z-loss has one of its own.
+            logits, their softmax and the gradient, of which the z-loss has one of its own. (An fp8 head keeps its gradient
+            twice, a byte each, beside the logits.)
     """
     padded = padded_vocab_size(vocab_size)
     parameters = count_parameters(config, padded)
@@ -125,7 +126,7 @@ def memory_by_part(
         "masters": masters * parameters // ranks,
         "moments": _moment_bytes(config, parameters) // ranks,
         "activations": layers * size * config.n_embd * tokens,
-        "logits": (12 + 4 * bool(config.z_loss) if plain else size) * padded * tokens,
+        "logits": (12 + 4 * bool(config.z_loss) if plain else size + 2 * config.fp8_head) * padded * tokens,
     }
     # Buckets are filled when the activations are gone, and need memory of their own only beyond those.
     bucket = 4 * min(BUCKET, parameters) if ranks > 1 and precision == "fp32" else 0

@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def add_norm_kernel(
-    x, branch, bias, weight, shift, total, normed, means, rstds, tokens, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x, branch, weight, shift, total, normed, means, rstds, tokens, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program ROWS rows: x + branch + bias, and its LayerNorm, with what the backward needs of it."""
+    """One program ROWS rows: x + branch, and its LayerNorm, with what the backward needs of it."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -17,7 +17,6 @@ def add_norm_kernel(
     added = tl.load(x + places, mask=valid, other=0.0).to(tl.float32) + tl.load(branch + places, mask=valid, other=0.0).to(
         tl.float32
     )
-    added += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     # Normalised is what the next block adds to and the backward reads: the sum as it is kept.
     kept = added.to(total.dtype.element_ty)
     tl.store(total + places, kept, mask=valid)

@@ -33,11 +33,12 @@ def _block(width: int) -> int:
 def add_norm(
     x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x + branch + bias and its LayerNorm.
+    """x + branch and its LayerNorm.
 
     Args:
         x, branch: contiguous [tokens, width].
-        bias, weight, shift: [width]; the last two are LayerNorm's.
+        bias: [width], which branch has in it already: its gradient is a sum of what passes here.
+        weight, shift: [width], LayerNorm's.
     Returns:
         both, [tokens, width]; and for the backward the mean of each row of the sum and the inverse of its standard deviation,
         fp32 [tokens].
@@ -48,7 +49,7 @@ def add_norm(
     total, normed = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
     add_norm_kernel[(-(-tokens // rows),)](
-        x, branch, bias, weight, shift, total, normed, mean, rstd, tokens, width, eps, ROWS=rows, BLOCK=_block(width),
+        x, branch, weight, shift, total, normed, mean, rstd, tokens, width, eps, ROWS=rows, BLOCK=_block(width),
         num_warps=warps,
     )  # fmt: skip
     return total, normed, mean, rstd

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recipe import cublaslt, passes
+from recipe import block, cublaslt, passes
+from recipe.model import PretrainingModel
 
 
 def use_torch_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,20 +15,50 @@ def use_torch_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def product(a, b, epilogue=cublaslt.DEFAULT, bias=None, aux=None):
-    out = a @ b
+    # In fp32 to the end, as on the GPU: rounded in between, a small bias would be lost, and so would what it does to a loss.
+    out = a.float() @ b.float()
     if epilogue in (cublaslt.BIAS, cublaslt.GELU_AUX_BIAS):
-        out = out + bias
+        out += bias
     if epilogue == cublaslt.GELU_AUX_BIAS:
         aux.copy_(out)
         out = F.gelu(out, approximate="tanh")
     if epilogue == cublaslt.DGELU:
-        out = torch.ops.aten.gelu_backward(out, aux, approximate="tanh")
-    return out
+        out = torch.ops.aten.gelu_backward(out, aux.float(), approximate="tanh")
+    return out.to(a.dtype)
+
+
+@torch.no_grad()
+def shift_by_small_biases(model: PretrainingModel, rows: torch.Tensor, bias: float) -> tuple[float, float]:
+    """How far the first block's residual stream moves on average, in units of `bias`, if the bias of its attention's or of its
+    MLP's last product becomes `bias` instead of zero.
+
+    Args:
+        model: in bf16, training by fused blocks.
+        rows: token ids [batch, sequence].
+    """
+    transformer, length = model.gpt2.transformer, rows.shape[1]
+    first = transformer.h[0]
+
+    def streams() -> tuple[torch.Tensor, torch.Tensor]:
+        x = (transformer.wte(rows) + transformer.wpe.weight[:length]).flatten(0, 1)
+        past_attention, branch = block._branches(first, x, block._norm(first.ln_1, x), length)
+        past_mlp, _ = block._add_norm(past_attention, branch, first.mlp.c_proj.bias, first.ln_1)
+        return past_attention.double(), past_mlp.double()
+
+    moved = []
+    for number, module in enumerate((first.attn, first.mlp)):
+        found = []
+        for value in (0.0, bias):
+            torch.nn.init.constant_(module.c_proj.bias, value)
+            found.append(streams()[number].mean())
+            torch.nn.init.zeros_(module.c_proj.bias)
+        moved.append(float(found[1] - found[0]) / bias)
+    return tuple(moved)
 
 
 @passes.add_norm.register_kernel("cpu")
 def add_norm(x, branch, bias, weight, shift, eps):
-    total = x + (branch + bias)
+    total = x + branch
     normed, mean, rstd = torch.ops.aten.native_layer_norm(total, [x.shape[1]], weight, shift, eps)
     return total, normed, mean.flatten().float(), rstd.flatten().float()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels_in_torch import product, use_torch_for_kernels
+from kernels_in_torch import product, shift_by_small_biases, use_torch_for_kernels
 from recipe import block
 from recipe.config import Config
 from recipe.kernels import Kernels, know_operators
@@ -70,6 +70,16 @@ def test_the_fused_products_are_used_in_training_alone(models, monkeypatch: pyte
     assert not calls
     fused(rows()).sum().backward()
     assert len(calls) == CONFIG.n_layer * (4 + 8)  # four products forward and two for each backward
+
+
+def test_a_bias_far_below_the_spacing_of_bf16_counts_for_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As all biases are in the first steps. Added to a product that is rounded already, this one counts for 5 and 16 times as
+    # much (at GPT-2's width for 29 and 85), and parity with the plain path was missed by it.
+    use_torch_for_kernels(monkeypatch)
+    model = build_model(Config(n_layer=2, n_head=2, n_embd=64, sequence_length=64, n_positions=64), VOCABULARY, 0).bfloat16()
+    model.use(Kernels(blocks=True))
+    moved = shift_by_small_biases(model, torch.randint(0, VOCABULARY, (128, 64)), 1e-6)
+    assert moved == pytest.approx((1, 1), abs=0.2)
 
 
 def test_weights_keep_their_names(models) -> None:

@@ -64,7 +64,7 @@ def test_residual_sum_and_norm_agree_with_fp64(width: int, past: bool) -> None:
     outputs = ((total, grads[0]), (normed, grads[1])) if past else ((normed, grads[1]),)
     ours = torch.autograd.grad([out for out, _ in outputs], inputs, [grad for _, grad in outputs])
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    total64 = exact[0] + exact[1] + exact[2]
+    total64 = exact[0] + exact[1] + (exact[2] - exact[2].detach())  # the bias is in the branch: its gradient alone is taken
     normed64 = F.layer_norm(total64, (width,), *exact[3:])
     outputs = [total64, normed64][0 if past else 1 :]
     theirs = torch.autograd.grad(outputs, exact, [grad.double() for grad in grads[0 if past else 1 :]])
@@ -142,6 +142,18 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_path() -> None:
     # transformers' own path is at 1.1e-2 in bf16 (docs/results.md): the fast path must not add to what rounding does anyway.
     assert errors["fast"] < 1e-2
     assert errors["fast"] < errors["plain"] < 2e-2
+
+
+def test_a_bias_far_below_the_spacing_of_bf16_counts_for_what_it_is() -> None:
+    from kernels_in_torch import shift_by_small_biases
+    from recipe.model import build_model
+
+    config, _ = load_run(["configs/gpt2-124m.yaml"], 1)
+    model = build_model(config, VOCAB, 50256).cuda().bfloat16()
+    model.use(choose_kernels(config, "bf16", torch.device("cuda:0")))
+    moved = shift_by_small_biases(model, torch.randint(0, VOCAB, (4, 1024), device="cuda"), 1e-6)
+    print("moved by, of the bias:", moved)
+    assert moved == pytest.approx((1, 1), abs=0.2)
 
 
 CANDIDATES = """--cautious_weight_decay true --embedding_learning_rate 1e-3 --zero_init_projections true --z_loss 1e-4
