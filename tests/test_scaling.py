@@ -93,7 +93,7 @@ def test_tokens_get_dearer_and_runs_faster(config: Config) -> None:
     assert costs[0] == 1 and costs == sorted(costs) and speeds == sorted(speeds)
     assert 1.0 < costs[3] < 1.2 and costs[-1] > 5
     for one in growths:
-        assert one.micro_batch_size == min(64, 512 // one.gpus)
+        assert one.micro_batch_size == min(128, 512 // one.gpus)
         assert one.cost == pytest.approx(one.gpus * 570_600 / one.tokens_per_second)
     # A larger batch buys what a smaller one cannot.
     larger = grow(replace(config, batch_tokens=8 * 524_288), "H100-80GB", (512,))[0]
@@ -122,7 +122,7 @@ def test_the_script_shows_it() -> None:
         return subprocess.run([*words, *more], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
 
     lines = plan("--growth", "1,64,512,1024").stdout.splitlines()
-    assert len(lines) == 5 and re.match(r" +1 +64 +570,600 ", lines[1]) and lines[1].endswith("x 1.00")
+    assert len(lines) == 5 and re.match(r" +1 +128 +570,600 ", lines[1]) and lines[1].endswith("x 1.00")
     assert "or 512 ranks works" in lines[4]
     found = json.loads(plan("--growth", "8", "--json").stdout)
     assert found[0]["gpus"] == 8 and set(found[0]["seconds"]) == {"computing", "fixed", "optimizer", "reducing", "gathering"}
