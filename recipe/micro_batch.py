@@ -18,7 +18,7 @@ from recipe.estimate import GIB, USABLE_MEMORY, memory_by_part
 from recipe.plan import GPT2_VOCAB_SIZE
 
 MOST_TOKENS = 131_072
-"""Tokens of the largest micro-steps whose speed was measured, 2% above that of half as many (docs/results.md)."""
+"""Tokens of the largest micro-steps whose speed was measured, 1 to 2% above that of half as many (docs/results.md)."""
 ENOUGH_TOKENS = 4096
 """Assumed: shorter micro-steps leave a GPU idle by more than computing the activations twice costs, a third more work."""
 CPU_ROWS = 8
