@@ -109,7 +109,7 @@ def print_stacks_on_signal() -> None:
     faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
 
 
-def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     """Give all STOP_SIGNALS a handler, but for a SIGHUP that is ignored: `nohup` asks for that."""
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:

@@ -25,6 +25,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 
+from recipe.output import lasting_output
 from recipe.signals import leave
 
 OPTIONS = {
@@ -108,4 +109,6 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__.strip())
         sys.exit(0)
-    leave(main(sys.argv[1:]))
+    with lasting_output():
+        code = main(sys.argv[1:])
+    leave(code)

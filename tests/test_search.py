@@ -365,6 +365,19 @@ def test_a_signal_reaches_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "stopped").exists() and signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_closed_terminal_stops_the_search_unless_nohup_has_it_ignored() -> None:
+    with signals_noted() as received:
+        signal.raise_signal(signal.SIGHUP)
+    assert received == [signal.SIGHUP]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_noted() as received:
+            signal.raise_signal(signal.SIGHUP)
+        assert not received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_ends_a_process_that_has_no_handler_yet(tmp_path: Path) -> None:
     def set_up(_: list[str]) -> int:
         (tmp_path / "ready").touch()

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.signals import leave
+from recipe.signals import STOP_SIGNALS, handle_stop_signals, leave
 
 STOP_PATIENCE_S = 60
 """Seconds that a run may take to stop."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
@@ -175,11 +174,13 @@ def stop_if(received: list[int]) -> None:
 
 
 class signals_noted:
-    """Within it, SIGTERM and SIGINT are noted in a list instead of ending the process."""
+    """Within it, signals to stop are noted in a list instead of ending the process; also that of a closed terminal, unless
+    `nohup` has it ignored."""
 
     def __enter__(self) -> list[int]:
         received: list[int] = []
-        self._before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in STOP_SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        handle_stop_signals(lambda number, _: received.append(number))
         return received
 
     def __exit__(self, *_: object) -> None:
@@ -195,8 +196,7 @@ def _be_the_run(
     try:
         # Ctrl-C in a terminal is the parent's affair.
         os.setsid()
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        handle_stop_signals(signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         if sys.platform == "linux":
             PR_SET_PDEATHSIG = 1
