@@ -39,21 +39,20 @@ def shift_by_small_biases(model: PretrainingModel, rows: torch.Tensor, bias: flo
     transformer, length = model.gpt2.transformer, rows.shape[1]
     first = transformer.h[0]
 
-    def streams() -> tuple[torch.Tensor, torch.Tensor]:
+    def means() -> tuple[float, float]:
         x = (transformer.wte(rows) + transformer.wpe.weight[:length]).flatten(0, 1)
         past_attention, branch = block._branches(first, x, block._norm(first.ln_1, x), length)
         past_mlp, _ = block._add_norm(past_attention, branch, first.mlp.c_proj.bias, first.ln_1)
-        return past_attention.double(), past_mlp.double()
+        return float(past_attention.double().mean()), float(past_mlp.double().mean())
 
-    moved = []
-    for number, module in enumerate((first.attn, first.mlp)):
-        found = []
-        for value in (0.0, bias):
-            torch.nn.init.constant_(module.c_proj.bias, value)
-            found.append(streams()[number].mean())
-            torch.nn.init.zeros_(module.c_proj.bias)
-        moved.append(float(found[1] - found[0]) / bias)
-    return tuple(moved)
+    attention, mlp = first.attn.c_proj.bias, first.mlp.c_proj.bias
+    attention.zero_(), mlp.zero_()
+    before = means()
+    attention.fill_(bias)
+    with_attention, _ = means()
+    attention.zero_(), mlp.fill_(bias)
+    _, with_mlp = means()
+    return (with_attention - before[0]) / bias, (with_mlp - before[1]) / bias
 
 
 @passes.add_norm.register_kernel("cpu")
